@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := dmc,zoo,extra,dev
+
+# The test processes share the cores, so each keeps to one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+.PHONY: install demo test test-long lint format benchmark clean
+
+install: .venv/.installed
+
+# A virtual environment that is there already is kept, unless its pip does not run.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "installing into .venv, which takes a few minutes the first time"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(PYTEST)
+
+test-long: install
+	$(PYTEST) -m long
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: install
+	$(BIN)/python -m benchmarks
+
+# Leaves the virtual environment and the results of runs.
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,206 @@
+"""The actor and the critic: imagined returns, policy loss, value losses, percentile scale, slow value.
+
+Letters: B sequences, T steps, N = B·T starts, H imagined steps, A action numbers.
+
+Source: Hafner et al., Nature 2025 (Methods, "Critic learning" and "Actor learning", Eqs. 7 to 12) and the authors'
+release, ``imag_loss`` and ``repl_loss``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch as th
+from torch import Tensor, nn
+
+from sb3_dreamer_gpld.config import ActionSpec, ModelConfig
+from sb3_dreamer_gpld.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
+from sb3_dreamer_gpld.networks import Head, apply_heads
+from sb3_dreamer_gpld.rssm import States
+from sb3_dreamer_gpld.world_model import Batch, WorldModel
+
+
+class ImaginationDraws(NamedTuple):
+    """Every random number of imagination.
+
+    :param stoch: Exp(1) numbers for the prior samples, (H, N, K, C)
+    :param action: numbers for the actions, (H, N, A); see the ``draw`` of the action's distribution
+    """
+
+    stoch: Tensor
+    action: Tensor
+
+
+class ActorCritic(nn.Module):
+    """Policy, value and slow value, and the running percentiles of the returns.
+
+    :param actions: what actions look like
+    :param config: sizes and constants
+    """
+
+    bins: Tensor
+    percentiles: Tensor
+
+    def __init__(self, actions: ActionSpec, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.distribution: BoundedNormal | MultiCategorical
+        if actions.nvec is None:
+            self.distribution = BoundedNormal(actions.size, config.min_std, config.max_std)
+        else:
+            self.distribution = MultiCategorical(actions.nvec)
+        three = (config.units,) * 3
+        policy = three if config.policy_arch is None else config.policy_arch
+        value = three if config.value_arch is None else config.value_arch
+        self.policy = Head(config.feature_size, policy, self.distribution.outputs, scale=0.01)
+        self.value = Head(config.feature_size, value, [config.bins], scale=0.0)
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+        self.register_buffer("bins", two_hot_bins(config.bins), persistent=False)
+        self.register_buffer("percentiles", th.zeros(2))  # running low and high percentile of the returns
+
+    def draw(self, starts: int, horizon: int) -> ImaginationDraws:
+        """Random numbers for rollouts of ``horizon`` steps from ``starts`` states."""
+        config, device = self.config, self.bins.device
+        stoch = th.empty(horizon, starts, config.stoch, config.classes, device=device).exponential_()
+        return ImaginationDraws(stoch, self.distribution.draw((horizon, starts), device))
+
+    def loss(
+        self,
+        world_model: WorldModel,
+        batch: Batch,
+        states: States,
+        draws: ImaginationDraws,
+        gamma: float,
+        return_lambda: float,
+        ent_coef: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Losses of policy and value, before their weights.
+
+        :param world_model: imagines, and predicts rewards and continuation
+        :param batch: replayed sequences
+        :param states: their posterior states
+        :param draws: random numbers
+        :param gamma: discount of the replayed returns; the imagined ones are discounted by the continue head
+        :param return_lambda: λ of the returns
+        :param ent_coef: weight of the policy's entropy
+        :return: losses by name, (B, T) each but replay_value (B, T − 1); metrics by name, scalars without gradient; the
+            percentiles after this batch, which the caller keeps if the update succeeds
+        """
+        horizon, size = len(draws.action), batch.rewards.shape
+        outputs: list[Tensor] = []
+        actions: list[Tensor] = []
+
+        def act(features: Tensor, step: int) -> Tensor:
+            # The graph of these outputs is what the policy loss needs, so they are not computed again.
+            with th.enable_grad():
+                outputs.append(self.policy(features))
+            actions.append(self.distribution.sample(outputs[-1], draws.action[step]))
+            return actions[-1]
+
+        start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
+        features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1, N, D + K·C)
+
+        value_logits = self.value(features[:-1])  # (H, N, bins)
+        with th.no_grad():
+            reward, cont, slow = apply_heads([world_model.reward, world_model.cont, self.slow_value], features)
+            reward = world_model.predict_reward(reward)  # (H + 1, N)
+            cont = th.sigmoid(cont.squeeze(-1))  # (H + 1, N)
+            slow_value = two_hot_mean(slow[:-1], self.bins)  # (H, N)
+            value = two_hot_mean(th.cat([value_logits, self.value(features[-1:])]), self.bins)  # (H + 1, N)
+            returns = imagined_returns(reward, cont, value, return_lambda)  # (H, N)
+            weight = cont.cumprod(0)[:-1]  # (H, N), the start's own continuation included
+            percentiles = self.updated_percentiles(returns)
+            scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)
+            advantage = (returns - value[:-1]) / scale
+
+        log_prob, entropy = self.distribution.log_prob_and_entropy(th.stack(outputs), th.stack(actions))  # (H, N)
+        policy_loss = -weight * (log_prob * advantage + ent_coef * entropy)
+        value_loss = weight * two_hot_loss(value_logits, [returns, slow_value], self.bins)
+        losses = {"policy": policy_loss.mean(0).view(size), "value": value_loss.mean(0).view(size)}
+
+        # The rollout of each replayed state starts there, so its first slow value and return serve the replay loss too.
+        bootstrap, replay_slow = returns[0].view(size), slow_value[0].view(size)
+        losses["replay_value"] = self._replay_value_loss(batch, states, bootstrap, replay_slow, gamma, return_lambda)
+        metrics = {
+            "entropy": entropy.mean(),
+            "advantage": advantage.mean(),
+            "advantage_std": advantage.std(),
+            "imagined_reward": reward.mean(),
+            "imagined_continue": cont.mean(),
+            "imagined_return": returns.mean(),
+            "value": value.mean(),
+            "return_scale": scale,
+        }
+        return losses, {name: metric.detach() for name, metric in metrics.items()}, percentiles
+
+    def _replay_value_loss(
+        self, batch: Batch, states: States, bootstrap: Tensor, slow_value: Tensor, gamma: float, return_lambda: float
+    ) -> Tensor:
+        """Value loss on the replayed states; its gradient enters the world model.
+
+        :param bootstrap: imagined return of each state, (B, T)
+        :param slow_value: slow value of each state, (B, T)
+        :return: (B, T − 1)
+        """
+        returns = replayed_returns(
+            batch.rewards, batch.is_last, batch.is_terminal, bootstrap, gamma, return_lambda
+        )  # (B, T − 1)
+        logits = self.value(states.features[:, :-1])  # (B, T − 1, bins)
+        weight = 1.0 - batch.is_last[:, :-1].to(logits.dtype)
+        return weight * two_hot_loss(logits, [returns, slow_value[:, :-1]], self.bins)
+
+    @th.no_grad()
+    def updated_percentiles(self, returns: Tensor) -> Tensor:
+        """Moving average of the low and the high percentile of the returns, without bias correction, (2,)."""
+        config = self.config
+        levels = returns.new_tensor([config.percentile_low, config.percentile_high]) / 100.0
+        return self.percentiles.lerp(th.quantile(returns.flatten(), levels), config.percentile_rate)
+
+    @th.no_grad()
+    def update_slow_value(self) -> None:
+        """Moving average of the value's parameters; call it after the optimiser step."""
+        th._foreach_lerp_(
+            list(self.slow_value.parameters()), list(self.value.parameters()), self.config.slow_value_rate
+        )
+
+
+def imagined_returns(reward: Tensor, cont: Tensor, value: Tensor, return_lambda: float) -> Tensor:
+    """λ-returns of rollouts: ret_t = r_{t+1} + c_{t+1}·[(1 − λ)·v_{t+1} + λ·ret_{t+1}], with ret_H = v_H.
+
+    The discount is inside the continuation.
+
+    :param reward, cont, value: (H + 1, N)
+    :param return_lambda: λ
+    :return: (H, N)
+    """
+    target = reward[1:] + cont[1:] * (1.0 - return_lambda) * value[1:]  # (H, N)
+    discount = return_lambda * cont[1:]
+    returns = [value[-1]]
+    for t in reversed(range(len(target))):
+        returns.append(target[t] + discount[t] * returns[-1])
+    return th.stack(returns[:0:-1])
+
+
+def replayed_returns(
+    reward: Tensor, is_last: Tensor, is_terminal: Tensor, bootstrap: Tensor, gamma: float, return_lambda: float
+) -> Tensor:
+    """λ-returns along replayed sequences; at the end of an episode they stop and bootstrap, at a terminal one with 0.
+
+    :param reward: (B, T)
+    :param is_last, is_terminal: bool (B, T)
+    :param bootstrap: imagined return of each state, (B, T)
+    :param gamma: discount
+    :param return_lambda: λ
+    :return: (B, T − 1)
+    """
+    live = (1.0 - is_terminal[:, 1:].to(reward.dtype)) * gamma  # (B, T − 1)
+    go_on = (1.0 - is_last[:, 1:].to(reward.dtype)) * return_lambda
+    target = reward[:, 1:] + (1.0 - go_on) * live * bootstrap[:, 1:]
+    discount = live * go_on
+    returns = [bootstrap[:, -1]]
+    for t in reversed(range(target.shape[1])):
+        returns.append(target[:, t] + discount[:, t] * returns[-1])
+    if len(returns) == 1:  # a single step has no transition
+        return target
+    return th.stack(returns[:0:-1], 1)

@@ -1,0 +1,403 @@
+"""What the nets are built from: sizes and constants, the penalty's setting, and the two spaces.
+
+Everything here is frozen and checked when it is made, so that a wrong name or value is reported before any
+environment step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+
+# Network sizes of the authors' release; "debug" is for tests.
+SIZES: dict[str, dict[str, int]] = {
+    "debug": dict(deter=32, hidden=16, stoch=4, classes=4, blocks=4, units=16, depth=2),
+    "1m": dict(deter=512, hidden=64, classes=4, units=64, depth=4),
+    "12m": dict(deter=2048, hidden=256, classes=16, units=256, depth=16),
+    "25m": dict(deter=3072, hidden=384, classes=24, units=384, depth=24),
+    "50m": dict(deter=4096, hidden=512, classes=32, units=512, depth=32),
+    "100m": dict(deter=6144, hidden=768, classes=48, units=768, depth=48),
+    "200m": dict(deter=8192, hidden=1024, classes=64, units=1024, depth=64),
+    "400m": dict(deter=12288, hidden=1536, classes=96, units=1536, depth=96),
+}
+
+IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples of ``depth``
+MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
+
+
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """Text of the error for a name that does not exist, with the closest one that does."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{kind} {name!r} does not exist.{hint} Allowed: {', '.join(map(str, allowed))}."
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
+
+
+def check_range(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low or value > high or (low_open and value == low):
+        raise ValueError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of the nets (Nature 2025, Extended Data Tables; authors' release, ``configs.yaml``).
+
+    Every field can be set through ``policy_kwargs``.
+
+    :param deter: numbers in the deterministic state, D
+    :param hidden: units of the recurrent core, posterior and prior nets
+    :param stoch: rows of the stochastic state, K
+    :param classes: classes of each row, C
+    :param blocks: blocks of the block-linear layers of the core
+    :param units: units of encoder, decoder and heads
+    :param depth: channels of the image nets, in units of IMAGE_STAGES
+    :param policy_arch, value_arch: units of each layer of the policy and the value; None: three layers of ``units``
+    :param encoder_layers, decoder_layers, reward_layers, continue_layers: layers of these nets
+    :param posterior_layers, prior_layers: layers before the logits of posterior and prior
+    :param encoder_units: units of the vector encoder; None: ``units``
+    :param image_features: if given, a layer of that size after the image encoder (not in the papers)
+    :param kernel: side of the convolution kernels, odd
+    :param decoder_blocks: blocks of the first layer of the image decoder
+    :param unimix: share of the uniform distribution in the categoricals
+    :param bins: bins of the two-hot heads, odd
+    :param min_std, max_std: bounds of the standard deviation of continuous actions
+    :param free_nats: KL below which dyn and rep have no gradient
+    :param reconstruction_weight ... replay_value_weight: weights of the losses
+    :param slow_value_rate: rate of the moving average of the value net, per update
+    :param percentile_rate: rate of the moving average of the return percentiles, per update
+    :param percentile_low, percentile_high: percentiles of the returns, in percent
+    :raises ValueError: a size is not allowed; the text names it
+    """
+
+    deter: int = 512
+    hidden: int = 64
+    stoch: int = 32
+    classes: int = 4
+    blocks: int = 8
+    units: int = 64
+    depth: int = 4
+    policy_arch: tuple[int, ...] | None = None
+    value_arch: tuple[int, ...] | None = None
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    reward_layers: int = 1
+    continue_layers: int = 1
+    posterior_layers: int = 1
+    prior_layers: int = 2
+    encoder_units: int | None = None
+    image_features: int | None = None
+    kernel: int = 5
+    decoder_blocks: int = 8
+    unimix: float = 0.01
+    bins: int = 255
+    min_std: float = 0.1
+    max_std: float = 1.0
+    free_nats: float = 1.0
+    reconstruction_weight: float = 1.0
+    reward_weight: float = 1.0
+    continue_weight: float = 1.0
+    dyn_weight: float = 1.0
+    rep_weight: float = 0.1
+    policy_weight: float = 1.0
+    value_weight: float = 1.0
+    replay_value_weight: float = 0.3
+    slow_value_rate: float = 0.02
+    percentile_rate: float = 0.01
+    percentile_low: float = 5.0
+    percentile_high: float = 95.0
+
+    def __post_init__(self) -> None:
+        for name in ("deter", "hidden", "stoch", "blocks", "units", "depth", "decoder_blocks"):
+            check_int(name, getattr(self, name), 1)
+        check_int("classes", self.classes, 2)
+        for name in (
+            "encoder_layers",
+            "decoder_layers",
+            "reward_layers",
+            "continue_layers",
+            "posterior_layers",
+            "prior_layers",
+        ):
+            check_int(name, getattr(self, name), 1)
+        for name in ("encoder_units", "image_features"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        for name in ("policy_arch", "value_arch"):
+            for units in getattr(self, name) or ():
+                check_int(f"every layer of {name}", units, 1)
+        for name in ("kernel", "bins"):
+            check_int(name, getattr(self, name), 3 if name == "bins" else 1)
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} must be odd, not {getattr(self, name)}")
+        if self.deter % self.blocks:
+            raise ValueError(f"deter must be a multiple of blocks: deter={self.deter}, blocks={self.blocks}")
+        for name in ("unimix", "slow_value_rate", "percentile_rate"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        if not self.unimix:
+            raise ValueError("unimix must be above 0: the divergences need probabilities that are never 0")
+        check_range("min_std", self.min_std, 0.0, math.inf, low_open=True)
+        check_range("max_std", self.max_std, self.min_std, math.inf)
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_weight") or f.name == "free_nats"):
+            check_range(name, getattr(self, name), 0.0, math.inf)
+        check_range("percentile_low", self.percentile_low, 0.0, 100.0)
+        check_range("percentile_high", self.percentile_high, self.percentile_low, 100.0)
+
+    @property
+    def stoch_size(self) -> int:
+        """Numbers in the flattened stochastic state, K·C."""
+        return self.stoch * self.classes
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers in the input of the heads, D + K·C."""
+        return self.deter + self.stoch_size
+
+    @classmethod
+    def make(cls, model_size: str, **overrides: Any) -> ModelConfig:
+        """Sizes by name, with single fields changed.
+
+        :param model_size: a name in SIZES
+        :param overrides: fields of this class
+        :raises ValueError: unknown size, or a value that is not allowed
+        :raises TypeError: unknown field
+        """
+        if model_size not in SIZES:
+            raise ValueError(unknown_name("model_size", model_size, SIZES))
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in allowed:
+                raise TypeError(unknown_name("policy_kwargs entry", name, [*allowed, *POLICY_ARGUMENTS]))
+        return cls(**{**SIZES[model_size], **overrides})
+
+
+# Entries of policy_kwargs that are not fields of ModelConfig.
+POLICY_ARGUMENTS = ("net_arch", "normalize_images", "features_extractor_kwargs", "optimizer_class", "optimizer_kwargs")
+
+# Schedules of λ with the defaults of their parameters (steps are optimiser updates); see gpld.penalty_weight.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "linear": {"decay_steps": 100_000},
+    "exponential": {"decay_steps": 100_000},
+    "cosine": {"decay_steps": 100_000},
+    "step": {"interval": 5000, "factor": 0.9},
+    "sqrt_time": {"time_scale": 1000.0},
+    "custom": {"steps": (), "values": ()},
+}
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """The GPLD penalty (arXiv 2605.23089; authors' release).
+
+    :param posterior: λ₀ of the posterior's penalty; 0 turns it off
+    :param prior: λ₀ of the prior's penalty; 0 turns it off
+    :param fraction: share ρ of the B·T states at which it is computed, in (0, 1]
+    :param rows: rows penalised, from 1 to K; None: all
+    :param random_rows: draw the ``rows`` rows afresh at every update instead of taking the first ones
+    :param estimator: "hutchinson" (one Rademacher probe per row and state) or "exact"
+    :param schedule: a name in SCHEDULES, or a dict with "name" and its parameters
+    :param minimum: λ never falls below it
+    :param start: optimiser updates before which λ is 0
+    :raises ValueError: a value is not allowed; the text names the constructor argument
+    """
+
+    posterior: float = 0.5
+    prior: float = 0.0
+    fraction: float = 0.5
+    rows: int | None = None
+    random_rows: bool = False
+    estimator: str = "hutchinson"
+    schedule: str | Mapping[str, Any] = "sqrt_time"
+    minimum: float = 0.001
+    start: float = 0.0
+    schedule_name: str = field(init=False, default="")
+    schedule_parameters: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_range("posterior_penalty", self.posterior, 0.0, math.inf)
+        check_range("prior_penalty", self.prior, 0.0, math.inf)
+        check_range("penalty_fraction", self.fraction, 0.0, 1.0, low_open=True)
+        check_range("penalty_min", self.minimum, 0.0, math.inf)
+        check_range("penalty_start", self.start, 0.0, math.inf)
+        if self.rows is not None:
+            check_int("penalty_rows", self.rows, 1)
+        if self.estimator not in ("hutchinson", "exact"):
+            raise ValueError(unknown_name("penalty_estimator", self.estimator, ("hutchinson", "exact")))
+        given = {"name": self.schedule} if isinstance(self.schedule, str) else dict(self.schedule)
+        name = given.pop("name", None)
+        if name not in SCHEDULES:
+            raise ValueError(unknown_name("penalty_schedule", str(name), SCHEDULES))
+        for key in given:
+            if key not in SCHEDULES[name]:
+                raise ValueError(unknown_name(f"parameter of penalty_schedule {name!r}", key, SCHEDULES[name]))
+        parameters = {**SCHEDULES[name], **given}
+        for key in ("decay_steps", "interval", "time_scale"):
+            if key in parameters:
+                check_range(f"penalty_schedule's {key}", parameters[key], 0.0, math.inf, low_open=True)
+        if "factor" in parameters:
+            check_range("penalty_schedule's factor", parameters["factor"], 0.0, math.inf)
+        if name == "custom":
+            steps, values = list(parameters["steps"]), list(parameters["values"])
+            if len(steps) != len(values) or not steps or steps != sorted(steps):
+                raise ValueError(
+                    "penalty_schedule 'custom' needs as many steps as values, at least one, with increasing steps; "
+                    f"got steps={steps}, values={values}"
+                )
+            for value in values:
+                check_range("penalty_schedule's values", value, 0.0, math.inf)
+        object.__setattr__(self, "schedule_name", name)
+        object.__setattr__(self, "schedule_parameters", parameters)
+
+    def states(self, total: int) -> int:
+        """How many of ``total`` states are penalised: max(1, ⌊ρ·total⌋)."""
+        return max(1, int(self.fraction * total))
+
+
+@dataclass(frozen=True)
+class VectorKey:
+    """An observation that the vector encoder sees.
+
+    :param name: key in the Dict space, "" if the space is not a Dict
+    :param shape: shape of one observation
+    :param nvec: classes of each number of a Discrete, MultiDiscrete or MultiBinary space, None for a Box
+    :param offset: smallest value of a Discrete space
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nvec: tuple[int, ...] | None = None
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Numbers that the encoder gets and the decoder gives."""
+        return sum(self.nvec) if self.nvec is not None else math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ImageKey:
+    """An observation that the image encoder sees.
+
+    :param name: key in the Dict space, "" if the space is not a Dict
+    :param height, width, channels: size in pixels
+    :param channels_first: the space is (channels, height, width)
+    :param scale: largest value, 255 for uint8 images and 1 for normalised ones
+    """
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    channels_first: bool
+    scale: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class ObservationSpec:
+    """Keys of an observation space in sorted order, split into vectors and images."""
+
+    vectors: tuple[VectorKey, ...]
+    images: tuple[ImageKey, ...]
+
+    @property
+    def vector_size(self) -> int:
+        return sum(key.size for key in self.vectors)
+
+    @property
+    def image_groups(self) -> dict[tuple[int, int], tuple[ImageKey, ...]]:
+        """Images of equal height and width share a net, as channels of one image."""
+        sizes = sorted({key.size for key in self.images})
+        return {size: tuple(key for key in self.images if key.size == size) for size in sizes}
+
+    @classmethod
+    def from_space(cls, space: spaces.Space, normalize_images: bool = True) -> ObservationSpec:
+        """
+        :param space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
+        :param normalize_images: images are uint8 in [0, 255]; if False also float images in [0, 1]
+        :raises ValueError: another space, an empty one, or an image smaller than 16 pixels
+        """
+        subspaces = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+        vectors, images = [], []
+        for name in sorted(subspaces):
+            key = _observation_key(name, subspaces[name], normalize_images)
+            if isinstance(key, ImageKey):
+                images.append(key)
+            elif key.size:
+                vectors.append(key)
+        if not vectors and not images:
+            raise ValueError(f"The observation space has no numbers in it: {space}")
+        return cls(tuple(vectors), tuple(images))
+
+
+def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> VectorKey | ImageKey:
+    where = f"observation {name!r}" if name else "the observation space"
+    if isinstance(space, spaces.Box):
+        if is_image_space(space, check_channels=False, normalized_image=not normalize_images):
+            first = is_image_space_channels_first(space)
+            channels, height, width = space.shape if first else (space.shape[2], *space.shape[:2])
+            if min(height, width) < MIN_IMAGE_SIDE:
+                raise ValueError(
+                    f"{where} is an image of {height}x{width} pixels; allowed: at least {MIN_IMAGE_SIDE} in both directions. "
+                    "Enlarge it, or flatten it with gymnasium.wrappers.FlattenObservation"
+                )
+            return ImageKey(name, height, width, channels, first, 255.0 if space.dtype == np.uint8 else 1.0)
+        return VectorKey(name, space.shape)
+    if isinstance(space, spaces.Discrete):
+        return VectorKey(name, (), (int(space.n),), int(space.start))
+    if isinstance(space, spaces.MultiDiscrete):
+        return VectorKey(name, space.shape, tuple(int(n) for n in space.nvec.flatten()))
+    if isinstance(space, spaces.MultiBinary):
+        return VectorKey(name, space.shape, (2,) * math.prod(space.shape))
+    raise ValueError(
+        f"{where} is a {type(space).__name__} space; allowed: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these"
+    )
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """How actions look to the nets.
+
+    :param shape: shape of one action of the environment
+    :param nvec: classes of each number of a Discrete, MultiDiscrete or MultiBinary space, None for a Box
+    :param offset: smallest value of a Discrete space
+    """
+
+    shape: tuple[int, ...]
+    nvec: tuple[int, ...] | None = None
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Numbers in an action as the nets see it, A: scaled to [−1, 1], or concatenated one-hots."""
+        return sum(self.nvec) if self.nvec is not None else math.prod(self.shape)
+
+    @classmethod
+    def from_space(cls, space: spaces.Space) -> ActionSpec:
+        """:raises ValueError: not a Box, Discrete, MultiDiscrete or MultiBinary space"""
+        if isinstance(space, spaces.Box):
+            return cls(space.shape)
+        if isinstance(space, spaces.Discrete):
+            return cls((), (int(space.n),), int(space.start))
+        if isinstance(space, spaces.MultiDiscrete):
+            return cls(space.shape, tuple(int(n) for n in space.nvec.flatten()))
+        if isinstance(space, spaces.MultiBinary):
+            return cls(space.shape, (2,) * math.prod(space.shape))
+        raise ValueError(f"the action space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary")

@@ -1,0 +1,525 @@
+"""DreamerGPLD: DreamerV3 with the GPLD penalty as a Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.utils import update_learning_rate
+from torch import Tensor
+
+from sb3_dreamer_gpld.actor_critic import ImaginationDraws
+from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
+from sb3_dreamer_gpld.gpld import penalty_weight
+from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
+from sb3_dreamer_gpld.rssm import States
+from sb3_dreamer_gpld.world_model import Batch, WorldModelDraws
+
+SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
+
+
+class Loss(NamedTuple):
+    """Result of :meth:`DreamerGPLD.loss`.
+
+    :param total: weighted sum of the losses, a scalar with gradient
+    :param losses: every loss by name before its weight, each (B, T) or (B, T − 1)
+    :param weights: weight of every loss by name
+    :param states: posterior states of the batch
+    :param metrics: further scalars to log
+    :param percentiles: running return percentiles after this batch, (2,)
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    weights: dict[str, float]
+    states: States
+    metrics: dict[str, Tensor]
+    percentiles: Tensor
+
+
+class DreamerGPLD(OffPolicyAlgorithm):
+    """DreamerV3 (Hafner et al., Nature 2025) with the GPLD Jacobian penalty (Sonigra & Kumar 2026, arXiv 2605.23089).
+
+    A recurrent world model is learned from replayed sequences; actor and critic are learned on rollouts that it
+    imagines. With ``posterior_penalty=0, prior_penalty=0`` this is plain DreamerV3.
+
+    :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"
+    :param env: the environment (an id, an environment, or a vectorised one)
+    :param learning_rate: learning rate, or a function of the remaining progress
+    :param buffer_size: rows of the replay buffer, over all environments
+    :param learning_starts: rows that must be stored before the first update; actions come from the policy at all times
+    :param batch_size: sequences in a batch, B
+    :param gamma: discount; the paper's 1 − 1/333
+    :param train_freq: collect that many steps, or ``(n, "episode")``, between updates
+    :param gradient_steps: updates after each collection, −1 for as many as environment steps; None: by ``train_ratio``
+    :param action_noise: added to the sampled action (Box only)
+    :param replay_buffer_class: a subclass of SequenceReplayBuffer
+    :param replay_buffer_kwargs: its further arguments
+    :param optimize_memory_usage: not needed, each observation is stored once; only False is allowed
+    :param policy_kwargs: arguments of the policy: single sizes of a net, ``net_arch``, ``normalize_images``, optimiser
+    :param stats_window_size: episodes over which the logged return is averaged
+    :param tensorboard_log: folder of the TensorBoard logs
+    :param verbose: 0 nothing, 1 info, 2 debug
+    :param device: "cpu", "cuda" or "auto"
+    :param seed: of all random generators
+    :param _init_setup_model: build the nets now
+    :param model_size: "1m" to "400m" or "debug"; None: "1m" for vectors, "12m" with images
+    :param batch_length: steps of a replayed sequence, T
+    :param train_ratio: replayed steps per environment step, used unless ``gradient_steps`` is given; a fraction of an
+        update is kept for later
+    :param imagination_horizon: imagined steps, H
+    :param return_lambda: λ of the returns
+    :param ent_coef: weight of the policy's entropy
+    :param learning_rate_warmup: updates over which the learning rate rises linearly from 0
+    :param posterior_penalty: λ₀ of the penalty on the posterior; 0: none
+    :param prior_penalty: λ₀ of the penalty on the prior; 0: none
+    :param penalty_fraction: share of the states that are penalised
+    :param penalty_rows: rows penalised; None: all
+    :param penalty_random_rows: draw these rows afresh at each update
+    :param penalty_estimator: "hutchinson" or "exact"
+    :param penalty_schedule: name of the schedule of λ, or a dict with "name" and its parameters
+    :param penalty_min: smallest λ
+    :param penalty_start: environment steps before the penalty starts
+    :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware has it
+    :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it
+    :raises ValueError, TypeError: an argument is not allowed; the text names it and what is
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: DreamerPolicy
+    replay_buffer: SequenceReplayBuffer | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[DreamerPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 4e-5,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 1024,
+        batch_size: int = 16,
+        gamma: float = 1 - 1 / 333,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int | None = None,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[SequenceReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        device: th.device | str = "auto",
+        seed: int | None = None,
+        _init_setup_model: bool = True,
+        model_size: str | None = None,
+        batch_length: int = 64,
+        train_ratio: float = 512,
+        imagination_horizon: int = 15,
+        return_lambda: float = 0.95,
+        ent_coef: float = 3e-4,
+        learning_rate_warmup: int = 1000,
+        posterior_penalty: float = 0.5,
+        prior_penalty: float = 0.0,
+        penalty_fraction: float = 0.5,
+        penalty_rows: int | None = None,
+        penalty_random_rows: bool = False,
+        penalty_estimator: str = "hutchinson",
+        penalty_schedule: str | dict[str, Any] = "sqrt_time",
+        penalty_min: float = 0.001,
+        penalty_start: int = 0,
+        precision: str = "auto",
+        compile: bool | str = "auto",
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size=buffer_size,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,  # type: ignore[arg-type]
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+        )
+        self.model_size = model_size
+        self.batch_length = batch_length
+        self.train_ratio = train_ratio
+        self.imagination_horizon = imagination_horizon
+        self.return_lambda = return_lambda
+        self.ent_coef = ent_coef
+        self.learning_rate_warmup = learning_rate_warmup
+        self.posterior_penalty = posterior_penalty
+        self.prior_penalty = prior_penalty
+        self.penalty_fraction = penalty_fraction
+        self.penalty_rows = penalty_rows
+        self.penalty_random_rows = penalty_random_rows
+        self.penalty_estimator = penalty_estimator
+        self.penalty_schedule = penalty_schedule
+        self.penalty_min = penalty_min
+        self.penalty_start = penalty_start
+        self.precision = precision
+        self.compile = compile
+        # Replayed steps that are due but make no whole update yet.
+        self._update_credit = 0.0
+        self._state: RecurrentState | None = None
+        self._metric_sums: dict[str, Tensor] = {}
+        self._metric_count = 0
+        if _init_setup_model:
+            self._setup_model()
+
+    # -------------------------------------------------------------------------------------------- set-up
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **{"model_size": self.model_size, **self.policy_kwargs}
+        )
+        self.policy = self.policy.to(self.device)
+        rows = self.policy.config.stoch
+        if self.penalty_rows is not None and self.penalty_rows > rows:
+            raise ValueError(f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {self.penalty_rows}")
+        self._make_replay_buffer()
+        self._convert_train_freq()
+        self._state = None  # the number of environments may have changed in load()
+        self._metric_sums, self._metric_count = {}, 0
+
+    def _make_replay_buffer(self) -> None:
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SequenceReplayBuffer  # type: ignore[assignment]
+        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):  # type: ignore[arg-type]
+            raise ValueError(
+                f"replay_buffer_class must be SequenceReplayBuffer or a subclass of it, not {self.replay_buffer_class.__name__}: "
+                "DreamerGPLD learns from sequences"
+            )
+        if self.replay_buffer is None:
+            config = self.policy.config
+            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **{
+                    "batch_length": self.batch_length,
+                    "deter": config.deter,
+                    "stoch": config.stoch,
+                    "classes": config.classes,
+                    "seed": self.seed,
+                    **self.replay_buffer_kwargs,
+                },
+            )
+
+    def _check_arguments(self) -> None:
+        for name, minimum in (
+            ("buffer_size", 1),
+            ("learning_starts", 0),
+            ("batch_size", 1),
+            ("batch_length", 1),
+            ("imagination_horizon", 1),
+            ("learning_rate_warmup", 0),
+        ):
+            check_int(name, getattr(self, name), minimum)
+        if self.gradient_steps is not None:
+            check_int("gradient_steps (or None)", self.gradient_steps, -1)
+        check_range("train_ratio", self.train_ratio, 0.0, float("inf"))
+        check_range("gamma", self.gamma, 0.0, 1.0)
+        check_range("return_lambda", self.return_lambda, 0.0, 1.0)
+        check_range("ent_coef", self.ent_coef, 0.0, float("inf"))
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {self.precision!r}")
+        if self.compile not in ("auto", True, False):
+            raise ValueError(f"compile must be 'auto', True or False, not {self.compile!r}")
+        _ = self.penalty  # checks the rest
+
+    @property
+    def penalty(self) -> PenaltyConfig:
+        """Setting of the GPLD penalty; its start is counted in updates here."""
+        return PenaltyConfig(
+            posterior=self.posterior_penalty,
+            prior=self.prior_penalty,
+            fraction=self.penalty_fraction,
+            rows=self.penalty_rows,
+            random_rows=self.penalty_random_rows,
+            estimator=self.penalty_estimator,
+            schedule=self.penalty_schedule,
+            minimum=self.penalty_min,
+            start=self.penalty_start * self.train_ratio / (self.batch_size * self.batch_length),
+        )
+
+    # ----------------------------------------------------------------------------------------- collecting
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Act on the last observations; the recurrent state follows every step, with the action really taken.
+
+        There is no random warm-up: the untrained policy acts from the first step.
+        """
+        if self._state is None:
+            self._state = self.policy.initial_state(n_envs)
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        observation, _ = self.policy.obs_to_tensor(self._last_obs)
+        is_first = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device)
+        self._state = self.policy.act(observation, self._state, is_first)
+        if action_noise is not None and self.policy.action_spec.nvec is None:
+            noise = th.as_tensor(np.asarray(action_noise(), dtype=np.float32), device=self.device)
+            noisy = self._state.action + noise.view_as(self._state.action)
+            self._state = self._state._replace(action=noisy.clamp(-1.0, 1.0))
+        action = self.policy.to_env_action(self._state.action)
+        if self.policy.action_spec.nvec is None:
+            return action, self._state.action.cpu().numpy()
+        return action, action
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._check_finite(new_obs, reward, infos)
+        assert isinstance(replay_buffer, SequenceReplayBuffer) and self._state is not None
+        assert self._last_episode_starts is not None
+        replay_buffer.stage(
+            self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-1).cpu().numpy()
+        )
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)  # type: ignore[arg-type]
+        self._last_episode_starts = dones  # SB3's off-policy code never updates it
+
+    def _check_finite(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray | None = None,
+        infos: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """:raises ValueError: NaN or infinity; names the key, the environment's index and the step"""
+
+        def check(name: str, values: np.ndarray, first_env: int = 0) -> None:
+            values = np.asarray(values)
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+                finite = np.isfinite(values.reshape(len(values), -1)).all(1)
+                env = first_env + int(np.flatnonzero(~finite)[0])
+                raise ValueError(
+                    f"{name} of environment {env} is not finite at step {self.num_timesteps}: {values[env - first_env]}. "
+                    "Allowed: finite numbers. Nothing of this step was stored"
+                )
+
+        by_key = observation if isinstance(observation, dict) else {"": observation}
+        for key, values in by_key.items():
+            check(f"observation {key!r}" if key else "the observation", values)
+        if reward is not None:
+            check("the reward", reward)
+        for env, info in enumerate(infos or ()):
+            terminal = info.get("terminal_observation")
+            if terminal is not None:
+                for key, value in (terminal if isinstance(terminal, dict) else {"": terminal}).items():
+                    check(f"terminal observation {key!r}" if key else "the terminal observation", np.asarray(value)[None], env)
+
+    # ------------------------------------------------------------------------------------------- learning
+
+    def learn(
+        self: SelfDreamerGPLD,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "DreamerGPLD",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfDreamerGPLD:
+        """Collect and learn, as every SB3 algorithm does.
+
+        The loop is that of ``OffPolicyAlgorithm``, but for the number of updates: see ``train_ratio``.
+
+        :param total_timesteps: environment steps, over all environments
+        :param callback: called at every step
+        :param log_interval: episodes between two logs; None: none
+        :param tb_log_name: name of the run in TensorBoard
+        :param reset_num_timesteps: start counting afresh, and reset the environment
+        :param progress_bar: show one
+        """
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
+        self._check_finite(self._last_obs)
+        while self.num_timesteps < total_timesteps:
+            rollout = self.collect_rollouts(
+                self.env,
+                train_freq=self.train_freq,
+                action_noise=self.action_noise,
+                callback=callback,
+                learning_starts=self.learning_starts,
+                replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
+                log_interval=log_interval,
+            )
+            if not rollout.continue_training:
+                break
+            updates = self._due_updates(rollout.episode_timesteps)
+            if updates > 0:
+                self.train(gradient_steps=updates, batch_size=self.batch_size)
+        callback.on_training_end()
+        return self
+
+    def _due_updates(self, steps: int) -> int:
+        """Updates to make after ``steps`` environment steps."""
+        assert self.replay_buffer is not None
+        if self.gradient_steps is not None:
+            if self.num_timesteps <= self.learning_starts:
+                return 0
+            return self.gradient_steps if self.gradient_steps >= 0 else steps
+        capacity = self.replay_buffer.buffer_size  # rows of one environment
+        stored = int(np.minimum(self.replay_buffer.rows_added, capacity).sum())
+        if stored <= min(self.learning_starts, capacity * self.n_envs - 1) or not self.replay_buffer.has_window():
+            return 0
+        self._update_credit += steps * self.train_ratio
+        replayed = self.batch_size * self.batch_length
+        updates = int(self._update_credit // replayed)
+        self._update_credit -= updates * replayed
+        return updates
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """Make updates from replayed windows.
+
+        :param gradient_steps: updates
+        :param batch_size: windows in each
+        :raises FloatingPointError: a loss is not finite; the parameters are left as they are
+        """
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        world_model, actor_critic = self.policy.world_model, self.policy.actor_critic
+        for _ in range(gradient_steps):
+            samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            batch = self.policy.to_batch(samples)
+            sequences, steps = batch.rewards.shape
+            states = self.update(
+                batch,
+                world_model.draw(sequences, steps, self.penalty),
+                actor_critic.draw(sequences * steps, self.imagination_horizon),
+            )
+            self.replay_buffer.update_latents(
+                samples.envs, samples.starts, states.deter.detach(), states.stoch.detach().argmax(-1)
+            )
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def update(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> States:
+        """One update of all parameters.
+
+        :param batch: replayed sequences
+        :param world_draws, imagination_draws: every random number that the update needs
+        :return: posterior states of the batch, with which the stored ones are refreshed
+        :raises FloatingPointError: a loss is not finite; the parameters are left as they are
+        """
+        warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
+        update_learning_rate(self.policy.optimizer, warmup * self.lr_schedule(self._current_progress_remaining))
+        result = self.loss(batch, world_draws, imagination_draws)
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        result.total.backward()
+        norms = th._foreach_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        grad_norm = th.linalg.vector_norm(th.stack(norms))
+        self._check_losses(result, grad_norm)
+        self.policy.optimizer.step()
+        self.policy.actor_critic.update_slow_value()
+        self.policy.actor_critic.percentiles.copy_(result.percentiles)
+        self._n_updates += 1
+        self._collect_metrics(result, grad_norm)
+        return result.states
+
+    def loss(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> Loss:
+        """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
+        world_model, actor_critic, penalty = self.policy.world_model, self.policy.actor_critic, self.penalty
+        losses, states = world_model.loss(batch, world_draws, penalty, self.gamma)
+        more, metrics, percentiles = actor_critic.loss(
+            world_model, batch, states, imagination_draws, self.gamma, self.return_lambda, self.ent_coef
+        )
+        losses.update(more)
+        weights = {name: self._loss_weight(name, penalty) for name in losses}
+        total = sum((weights[name] * mean(loss) for name, loss in losses.items()), th.zeros((), device=self.device))
+        return Loss(total, losses, weights, states, metrics, percentiles)
+
+    def _loss_weight(self, name: str, penalty: PenaltyConfig) -> float:
+        if name.endswith("_penalty"):
+            return penalty_weight(penalty, getattr(penalty, name.removesuffix("_penalty")), self._n_updates)
+        return getattr(self.policy.config, f"{name.split('/')[0]}_weight")
+
+    def _check_losses(self, result: Loss, grad_norm: Tensor) -> None:
+        """:raises FloatingPointError: names the losses that are not finite"""
+        if th.isfinite(result.total) and th.isfinite(grad_norm):
+            return
+        bad = [name for name, loss in result.losses.items() if not th.isfinite(loss).all()]
+        what = f"the losses {', '.join(bad)}" if bad else "the gradient"
+        raise FloatingPointError(
+            f"Update {self._n_updates}: {what} became not finite; the parameters were not changed. "
+            "Look for extreme rewards or observations, or lower the learning rate"
+        )
+
+    # ------------------------------------------------------------------------------------------- logging
+
+    def _collect_metrics(self, result: Loss, grad_norm: Tensor) -> None:
+        """Add to the sums that :meth:`dump_logs` averages; nothing is read from the device here."""
+        values = {f"loss/{name.rstrip('/')}": mean(loss.detach()) for name, loss in result.losses.items()}
+        values["loss/total"] = result.total.detach()
+        values["train/grad_norm"] = grad_norm
+        values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
+        for name, weight in result.weights.items():
+            if name.endswith("_penalty"):
+                kind = name.removesuffix("_penalty")
+                values[f"gpld/{kind}_lambda"] = th.as_tensor(weight)
+                values[f"gpld/{kind}_penalty"] = values.pop(f"loss/{name}")
+        for name, value in values.items():
+            self._metric_sums[name] = self._metric_sums[name] + value if name in self._metric_sums else value
+        self._metric_count += 1
+
+    def dump_logs(self) -> None:
+        """Write the log: means of every metric over the updates since the last time."""
+        for name, total in self._metric_sums.items():
+            self.logger.record(name, total.item() / self._metric_count)
+        self._metric_sums, self._metric_count = {}, 0
+        super().dump_logs()
+
+    # -------------------------------------------------------------------------------------------- saving
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_state", "_metric_sums", "_metric_count"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+
+def mean(loss: Tensor) -> Tensor:
+    """Mean over all entries; 0 for an empty tensor (windows of a single step have no transition)."""
+    return loss.sum() / max(1, loss.numel())
+
+
+

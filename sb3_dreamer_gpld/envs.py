@@ -1,0 +1,183 @@
+"""Environment helpers: repeated actions, and dm_control tasks through Shimmy.
+
+The wrappers take plain numbers and lists only, so that a hyperparameter file of rl_zoo3 can name them::
+
+    env_wrapper:
+      - sb3_dreamer_gpld.envs.ActionRepeat:
+          repeat: 2
+"""
+
+import difflib
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
+
+_DM_CONTROL = "dm_control/"
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    """Check that ``value`` is a whole number of at least 1.
+
+    :param name: What to call the value in the error
+    :param value: The value to check
+    :return: The value as an int
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Apply each action several times and return the sum of the rewards.
+
+    Stops early when the episode ends. Observation and info are those of the last repetition; ``info["frames"]`` is the
+    number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode).
+
+    :param env: The environment to wrap
+    :param repeat: How many times each action is applied, at least 1
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], repeat: int = 2) -> None:
+        self.repeat = _at_least_one("repeat", repeat)
+        RecordConstructorArgs.__init__(self, repeat=self.repeat)
+        gym.Wrapper.__init__(self, env)
+        if env.metadata.get("render_fps"):
+            # One rendered picture per action: a video at this rate runs at the speed of the wrapped environment.
+            self.metadata = {**env.metadata, "render_fps": env.metadata["render_fps"] / self.repeat}
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Apply ``action`` up to ``repeat`` times.
+
+        :param action: The action
+        :return: Last observation, sum of the rewards, terminated, truncated, last info with ``frames``
+        """
+        total, frames, terminated, truncated = 0.0, 0, False, False
+        while frames < self.repeat and not (terminated or truncated):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            frames += 1
+        return obs, total, terminated, truncated, {**info, "frames": frames}
+
+
+class PixelObservation(gym.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
+    """Replace the observation of a dm_control environment by a camera picture.
+
+    The observation is ``{"image": picture}``, uint8 of shape (height, width, 3). It is rendered beside ``env.render()``,
+    so the size and camera of recorded videos stay independent of what the agent sees. Together with ``ActionRepeat``,
+    wrap with this one last: then only the last of the repeated states is rendered.
+
+    :param env: A dm_control environment made by Shimmy
+    :param size: Height and width of the picture
+    :param camera_id: Number or name of the task's camera (-1 is the free camera)
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], size: Sequence[int] = (64, 64), camera_id: int | str = 0) -> None:
+        if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
+            raise TypeError(f"size must be two integers (height, width), got {size!r}")
+        self.size = (_at_least_one("height", size[0]), _at_least_one("width", size[1]))
+        self.camera_id = camera_id
+        RecordConstructorArgs.__init__(self, size=list(self.size), camera_id=camera_id)
+        gym.ObservationWrapper.__init__(self, env)
+        unwrapped: Any = env.unwrapped
+        if not hasattr(unwrapped, "physics"):
+            raise TypeError(f"PixelObservation needs a dm_control environment, got {unwrapped}")
+        self._physics_owner = unwrapped
+        self.observation_space = spaces.Dict({"image": spaces.Box(0, 255, (*self.size, 3), np.uint8)})
+        self._check_rendering()
+
+    def observation(self, observation: Any) -> dict[str, np.ndarray]:
+        """Render the current state.
+
+        :param observation: The wrapped environment's observation, dropped
+        :return: The picture under the key ``image``
+        """
+        height, width = self.size
+        # Composer tasks make a new physics object at each reset, so it is looked up every time.
+        return {"image": self._physics_owner.physics.render(height=height, width=width, camera_id=self.camera_id)}
+
+    def _check_rendering(self) -> None:
+        """Render once, so that a wrong size or camera, or a missing OpenGL, is found before the first step."""
+        model = self._physics_owner.physics.model
+        names = [model.id2name(number, "camera") for number in range(model.ncam)]
+        if self.camera_id not in names and self.camera_id not in range(-1, model.ncam):
+            known = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+            raise ValueError(f"unknown camera_id {self.camera_id!r}: this task has -1 (free camera), {known}")
+        try:
+            self.observation(None)
+        except ValueError:  # a size beyond MuJoCo's framebuffer: dm_control's own words are clear
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                "MuJoCo cannot render pictures. On a machine without a display set the environment variable "
+                "MUJOCO_GL=egl before Python starts, and install the system's EGL library (libegl1 on Debian and Ubuntu)."
+            ) from error
+
+
+def make_dmc(
+    task: str,
+    pixels: bool = False,
+    action_repeat: int = 1,
+    size: tuple[int, int] = (64, 64),
+    camera_id: int | str = 0,
+    render_mode: str | None = None,
+    seed: int | None = None,
+) -> gym.Env[Any, Any]:
+    """Make a dm_control task as a Gymnasium environment, through Shimmy.
+
+    Suite tasks end by truncation after 1000 steps of the simulator's control loop, with or without ``action_repeat``.
+
+    :param task: ``"walker-walk"``, or the same as a Gymnasium id, ``"dm_control/walker-walk-v0"``
+    :param pixels: Whether the observation is a picture instead of the task's own numbers, see ``PixelObservation``
+    :param action_repeat: How many times each action is applied, see ``ActionRepeat``
+    :param size: Height and width of the picture with ``pixels``
+    :param camera_id: Camera of the picture, and of ``env.render()``
+    :param render_mode: What ``env.render()`` returns (``"rgb_array"`` for videos)
+    :param seed: Seed of the episodes; ``env.reset(seed=...)`` starts anew from its own seed
+    :return: The environment
+    """
+    env_id = _find_task(task)
+    make_kwargs: dict[str, Any] = {"render_mode": render_mode}
+    if render_mode in ("rgb_array", "depth_array"):
+        make_kwargs["render_kwargs"] = {"camera_id": camera_id}
+    env: gym.Env[Any, Any] = gym.make(env_id, **make_kwargs)
+    unwrapped: Any = env.unwrapped
+    if seed is not None:
+        unwrapped.np_random = np.random.RandomState(seed)
+    # Shimmy gives the milliseconds between two steps as frames per second.
+    env.metadata = {**env.metadata, "render_fps": 1 / unwrapped.control_timestep()}
+    # Repeating comes first: only the last of the repeated states is worth a picture.
+    if action_repeat != 1:
+        env = ActionRepeat(env, action_repeat)
+    if pixels:
+        env = PixelObservation(env, size, camera_id)
+    return env
+
+
+def _find_task(task: str) -> str:
+    """Look up a dm_control task, registering all of them on the first call.
+
+    :param task: Short name or Gymnasium id of the task
+    :return: Its Gymnasium id
+    """
+    if not isinstance(task, str):
+        raise TypeError(f"task must be a name such as 'walker-walk', got {task!r}")
+    try:
+        import dm_control  # noqa: F401
+        import shimmy  # noqa: F401  (registers the tasks)
+    except ImportError as error:
+        raise ImportError('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"') from error
+    names = [env_id.removeprefix(_DM_CONTROL).removesuffix("-v0") for env_id in gym.registry if env_id.startswith(_DM_CONTROL)]
+    names.remove("compatibility-env")  # Shimmy's wrapper for the caller's own dm_control environment, not a task
+    name = task.removeprefix(_DM_CONTROL).removesuffix("-v0")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "tasks are named like walker-walk"
+        raise ValueError(f"unknown dm_control task {task!r}: {hint}")
+    return f"{_DM_CONTROL}{name}-v0"

@@ -1,0 +1,165 @@
+"""The GPLD penalty: row-wise Jacobian norms of a categorical's probabilities, in closed form, and the schedules of λ.
+
+Source: Sonigra & Kumar, "GPLD", 2026, arXiv 2605.23089, and the authors' release. This file knows tensors and layers,
+nothing of reinforcement learning.
+
+A net of L layers (linear → RMSNorm → SiLU) and a last linear gives K rows of C logits; the penalised map is the
+probability vector q_i = (1 − m)·softmax(l_i) + m/C of each row i as a function of the net's input u. With
+J_i = ∂q_i/∂u, the penalty at one state is the mean over the rows of ‖J_i‖²_F. For a probe ε with E[εεᵀ] = I,
+E‖J_iᵀε‖² = ‖J_i‖²_F (Hutchinson). Every factor of J_iᵀ is known, so no automatic differentiation is needed to form it:
+
+    softmax and mix   v = (1 − m)·p ⊙ (ε − ⟨p, ε⟩)
+    linear            d = Wᵀ v
+    SiLU, RMSNorm     y = d ⊙ silu'(n) ⊙ g,   d = r·(y − z·r²·⟨z, y⟩/h)   with n = g ⊙ z·r, r = (mean z² + eps)^−½
+    first linear      ‖Wᵀ d‖² = dᵀ (W Wᵀ) d, where W Wᵀ has only h × h numbers
+
+Letters: n states, R penalised rows, K rows, C classes, h hidden units, I inputs.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch as th
+from torch import Tensor
+from torch.nn import functional as F
+
+from sb3_dreamer_gpld.config import PenaltyConfig
+
+
+class Layer(NamedTuple):
+    """A layer linear → RMSNorm → SiLU.
+
+    :param weight: (out, in)
+    :param bias: (out,)
+    :param scale: scale of the norm, (out,)
+    :param eps: constant inside the norm's root
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    eps: float
+
+
+class _Local(NamedTuple):
+    """What the transposed Jacobian of one layer needs at each state: z (n, h), 1/RMS (n, 1) and g ⊙ silu' (n, h)."""
+
+    z: Tensor
+    rms_inverse: Tensor
+    slope: Tensor
+
+
+def row_penalty(
+    layers: Sequence[Layer],
+    output: tuple[Tensor, Tensor],
+    inputs: Tensor,
+    classes: int,
+    unimix: float,
+    probes: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Mean over the rows of ‖J_iᵀε_i‖², or of ‖J_i‖²_F itself if no probes are given.
+
+    :param layers: hidden layers of the net, at least one
+    :param output: weight (K·C, h) and bias (K·C,) of the last linear
+    :param inputs: u, (n, I)
+    :param classes: C
+    :param unimix: m
+    :param probes: one probe per row and state, (R, n, C); None: the exact norm
+    :param rows: indices of the penalised rows, (R,); None: all, R = K
+    :return: (n,), differentiable in every parameter and in the inputs
+    """
+    x, local = inputs, []
+    for layer in layers:
+        x, at = _forward(layer, x)
+        local.append(at)
+    weight = output[0].view(-1, classes, x.shape[-1])  # (K, C, h)
+    bias = output[1].view(-1, 1, classes)  # (K, 1, C)
+    if rows is not None:
+        weight, bias = weight[rows], bias[rows]  # (R, C, h), (R, 1, C)
+    p = th.softmax(th.baddbmm(bias, x.expand(len(weight), -1, -1), weight.mT), -1)  # (R, n, C)
+
+    if probes is not None:
+        v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
+        cotangents = v
+    else:  # one cotangent for each class: the rows of diag(p) − ppᵀ
+        v = th.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)  # (R, n, C, C)
+        cotangents = v.flatten(1, 2)  # (R, n·C, C)
+        local = [_Local(*(t.repeat_interleave(classes, 0) for t in at)) for at in local]
+    d = th.bmm(cotangents, weight)  # (R, n, h), or (R, n·C, h)
+
+    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
+        d = _through_norm(d, at) @ layer.weight
+    d = _through_norm(d, local[0])
+    first = layers[0].weight
+    gram = first @ first.T  # (h, h)
+    squares = ((d @ gram) * d).sum(-1)  # (R, n), or (R, n·C)
+    if probes is None:
+        squares = squares.view(len(weight), -1, classes).sum(-1)  # (R, n)
+    return (1.0 - unimix) ** 2 * squares.mean(0)
+
+
+def _forward(layer: Layer, x: Tensor) -> tuple[Tensor, _Local]:
+    """:return: the layer's output (n, h) and what its transposed Jacobian needs"""
+    z = F.linear(x, layer.weight, layer.bias)  # (n, h)
+    rms_inverse = th.rsqrt(z.square().mean(-1, keepdim=True) + layer.eps)  # (n, 1)
+    n = z * rms_inverse * layer.scale  # (n, h)
+    gate = th.sigmoid(n)
+    return n * gate, _Local(z, rms_inverse, layer.scale * gate * (1 + n * (1 - gate)))
+
+
+def _through_norm(d: Tensor, at: _Local) -> Tensor:
+    """Cotangents (R, n, h) of a layer's output as cotangents of its pre-activation z."""
+    y = d * at.slope  # (R, n, h)
+    along = (y * at.z).sum(-1, keepdim=True) * (at.rms_inverse.square() / at.z.shape[-1])  # (R, n, 1)
+    return (y - at.z * along) * at.rms_inverse
+
+
+def rademacher(shape: Sequence[int], device: th.device) -> Tensor:
+    """Independent numbers −1 and +1, each with probability ½."""
+    return th.empty(*shape, device=device).bernoulli_(0.5).mul_(2).sub_(1)
+
+
+def penalty_weight(config: PenaltyConfig, initial: float, update: int) -> float:
+    """λ at an optimiser update (authors' release, ``compute_decayed_lambda``).
+
+    With t = update − start and p = min(1, t/decay_steps), λ is 0 for t < 0 and then
+
+    ============= ==========================================================================
+    none          λ₀
+    linear        λ_min + (λ₀ − λ_min)·(1 − p)
+    exponential   λ_min + (λ₀ − λ_min)·e^(−5p)
+    cosine        λ_min + (λ₀ − λ_min)·½(1 + cos πp)
+    step          max(λ_min, λ₀·factor^⌊t/interval⌋)
+    sqrt_time     max(λ_min, λ₀/√(1 + t/time_scale)), time_scale 1000: the paper's
+    custom        λ₀ before the first of ``steps``, then the value of the last step reached, at least λ_min
+    ============= ==========================================================================
+
+    :param config: schedule, λ_min and start
+    :param initial: λ₀; 0 gives 0 at every update
+    :param update: optimiser updates made before this one
+    """
+    t = update - config.start
+    if initial == 0 or t < 0:
+        return 0.0
+    name, parameters, floor = config.schedule_name, config.schedule_parameters, config.minimum
+    if name == "none":
+        return initial
+    if name == "step":
+        return max(floor, initial * parameters["factor"] ** (t // parameters["interval"]))
+    if name == "sqrt_time":
+        return max(floor, initial / math.sqrt(1.0 + t / parameters["time_scale"]))
+    if name == "custom":
+        reached = bisect.bisect_right(list(parameters["steps"]), t)
+        return max(floor, [initial, *parameters["values"]][reached])
+    progress = min(1.0, t / parameters["decay_steps"])
+    share = {
+        "linear": 1.0 - progress,
+        "exponential": math.exp(-5.0 * progress),
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[name]
+    return floor + (initial - floor) * share

@@ -1,0 +1,296 @@
+"""The nets as one SB3 policy, with a stateful ``predict``.
+
+Letters: N environments, D deter, K rows, C classes, A action numbers as the nets see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor
+
+from sb3_dreamer_gpld.actor_critic import ActorCritic
+from sb3_dreamer_gpld.buffers import SequenceSamples
+from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
+from sb3_dreamer_gpld.distributions import decode_categories, encode_categories
+from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.world_model import Batch, WorldModel
+
+
+class RecurrentState(NamedTuple):
+    """What the agent remembers between two steps of N environments.
+
+    :param deter: (N, D)
+    :param stoch: one-hots, (N, K, C)
+    :param action: last action as the nets see it, (N, A)
+    """
+
+    deter: Tensor
+    stoch: Tensor
+    action: Tensor
+
+
+class DreamerPolicy(BasePolicy):
+    """World model and actor-critic as one policy.
+
+    :param observation_space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
+    :param action_space: Box, Discrete, MultiDiscrete or MultiBinary
+    :param lr_schedule: learning rate as a function of the remaining progress
+    :param model_size: a name in :data:`~sb3_dreamer_gpld.config.SIZES`; None: "12m" with images, else "1m"
+    :param net_arch: units of each layer of policy and value: a list for both, or ``dict(pi=[...], vf=[...])``
+    :param normalize_images: images are uint8 in [0, 255]; set False for float images in [0, 1]
+    :param features_extractor_kwargs: ``features_dim`` (size of the encoder's output) or ``cnn_output_dim`` (the same for
+        the image encoder only)
+    :param optimizer_class: optimiser
+    :param optimizer_kwargs: its arguments, without the learning rate
+    :param sizes: fields of :class:`~sb3_dreamer_gpld.config.ModelConfig`
+    :raises ValueError: a space, size or value that is not allowed
+    :raises TypeError: an argument that does not exist
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        model_size: str | None = None,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        normalize_images: bool = True,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        optimizer_class: type[th.optim.Optimizer] = LaProp,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        **sizes: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=isinstance(action_space, spaces.Box),
+        )
+        self.model_size, self.net_arch, self.sizes = model_size, net_arch, sizes
+        self.observation_spec = ObservationSpec.from_space(observation_space, normalize_images)
+        self.action_spec = ActionSpec.from_space(action_space)
+        self.config = self._make_config()
+        self.world_model = WorldModel(self.observation_spec, self.action_spec.size, self.config)
+        self.actor_critic = ActorCritic(self.action_spec, self.config)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _make_config(self) -> ModelConfig:
+        images = bool(self.observation_spec.images)
+        size = self.model_size or ("12m" if images else "1m")
+        overrides = dict(self.sizes)
+        for name, value in self.features_extractor_kwargs.items():
+            if name == "features_dim":
+                overrides.setdefault("image_features" if images else "encoder_units", value)
+            elif name == "cnn_output_dim":
+                overrides.setdefault("image_features", value)
+            else:
+                raise TypeError(unknown_name("features_extractor_kwargs entry", name, ("features_dim", "cnn_output_dim")))
+        if isinstance(self.net_arch, Mapping):
+            for name in self.net_arch:
+                if name not in ("pi", "vf", "qf"):
+                    raise ValueError(unknown_name("net_arch entry", name, ("pi", "vf")))
+            value_arch = self.net_arch.get("vf", self.net_arch.get("qf"))
+            archs = {"policy_arch": self.net_arch.get("pi"), "value_arch": value_arch}
+        else:
+            archs = {"policy_arch": self.net_arch, "value_arch": self.net_arch}
+        overrides.update({name: tuple(arch) for name, arch in archs.items() if arch is not None})
+        return ModelConfig.make(size, **overrides)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return dict(
+            super()._get_constructor_parameters(),
+            lr_schedule=self._dummy_schedule,
+            model_size=self.model_size,
+            net_arch=self.net_arch,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            **self.sizes,
+        )
+
+    # ------------------------------------------------------------------------------------------ acting
+
+    def initial_state(self, n_envs: int) -> RecurrentState:
+        """State before the first step of N environments: zeros."""
+        deter, stoch = self.world_model.rssm.initial(n_envs)
+        return RecurrentState(deter, stoch, deter.new_zeros(n_envs, self.action_spec.size))
+
+    @th.no_grad()
+    def act(
+        self, observation: PyTorchObs, state: RecurrentState, is_first: Tensor, deterministic: bool = False
+    ) -> RecurrentState:
+        """One step of acting.
+
+        :param observation: N observations, as :meth:`obs_to_tensor` gives them
+        :param state: after the previous step
+        :param is_first: the observation starts an episode, bool (N,)
+        :param deterministic: take the most probable latent and action; no random number is drawn
+        :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
+        """
+        n, config = len(is_first), self.config
+        tokens = self.world_model.encode(as_dict(observation), (n, 1))  # (N, 1, E)
+        noise = None if deterministic else tokens.new_empty(n, 1, config.stoch, config.classes).exponential_()
+        states = self.world_model.rssm.observe(
+            tokens, state.action.unsqueeze(1), is_first.unsqueeze(1), state.deter, state.stoch, noise
+        )
+        outputs = self.actor_critic.policy(states.features.squeeze(1))  # (N, outputs)
+        distribution = self.actor_critic.distribution
+        if deterministic:
+            action = distribution.mode(outputs)
+        else:
+            action = distribution.sample(outputs, distribution.draw((n,), outputs.device))
+        return RecurrentState(states.deter.squeeze(1), states.stoch.squeeze(1), action.clamp(-1.0, 1.0))  # (N, A)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for one or more observations, with the memory handed back by the caller.
+
+        :param observation: one observation, or N of them
+        :param state: what the last call returned; None: nothing is remembered
+        :param episode_start: bool (N,), where the memory is dropped; None: nowhere
+        :param deterministic: take the most probable latent and action; no random number is drawn
+        :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, K, C),
+            action (N, A)); the arguments are left as they are
+        :raises ValueError: the state belongs to another number of environments
+        """
+        self.set_training_mode(False)
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+            return super().predict(observation)  # raises SB3's own message on mixed up APIs
+        tensors, vectorized = self.obs_to_tensor(observation)
+        n = len(next(iter(as_dict(tensors).values())))
+        if state is None:
+            memory = self.initial_state(n)
+        else:
+            memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
+            if len(memory.deter) != n:
+                raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n} observations")
+        is_first = np.zeros(n, dtype=bool) if episode_start is None else np.asarray(episode_start, dtype=bool).reshape(n)
+        memory = self.act(tensors, memory, th.as_tensor(is_first, device=self.device), deterministic)
+        actions = self.to_env_action(memory.action)
+        if not vectorized:
+            actions = actions.squeeze(axis=0)
+        return actions, tuple(x.cpu().numpy() for x in memory)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """Actions without memory: scaled to [−1, 1] for a Box, else class indices, (N, *action shape)."""
+        n = len(next(iter(as_dict(observation).values())))
+        is_first = th.ones(n, dtype=th.bool, device=self.device)
+        action = self.act(observation, self.initial_state(n), is_first, deterministic).action
+        if self.action_spec.nvec is not None:
+            action = decode_categories(action, self.action_spec.nvec) + self.action_spec.offset
+        return action.view(n, *self.action_spec.shape)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """The same as ``_predict``: what SB3's export guide calls."""
+        return self._predict(obs, deterministic)
+
+    # ------------------------------------------------------------------------------------------ actions
+
+    def to_env_action(self, action: Tensor) -> np.ndarray:
+        """Actions of the nets (N, A) as the environment takes them: (N, *action shape), its dtype, within its bounds."""
+        if self.action_spec.nvec is not None:
+            index = decode_categories(action, self.action_spec.nvec) + self.action_spec.offset
+            return index.view(-1, *self.action_spec.shape).cpu().numpy().astype(self.action_space.dtype)
+        assert isinstance(self.action_space, spaces.Box)
+        scaled = action.view(-1, *self.action_spec.shape).cpu().numpy()
+        unscaled = np.asarray(self.unscale_action(scaled)).astype(self.action_space.dtype)
+        # Cast, then clip: a bound rounded to float32 can lie outside a float64 space.
+        return np.clip(unscaled, self.action_space.low, self.action_space.high)
+
+    def from_env_action(self, action: np.ndarray) -> Tensor:
+        """Inverse of :meth:`to_env_action`, for actions as they are kept in the buffer (a Box scaled to [−1, 1])."""
+        tensor = th.as_tensor(np.asarray(action), device=self.device)
+        return self.encode_stored_action(tensor.reshape(len(tensor), -1))
+
+    def encode_stored_action(self, action: Tensor) -> Tensor:
+        """Actions as the buffer keeps them (..., action_dim) as the nets see them, (..., A)."""
+        if self.action_spec.nvec is None:
+            return action.float()
+        return encode_categories(action.long() - self.action_spec.offset, self.action_spec.nvec)
+
+    # ------------------------------------------------------------------------------------------- replay
+
+    def to_batch(self, samples: SequenceSamples) -> Batch:
+        """Replayed windows as the nets see them.
+
+        An action taken before the window's first observation of an episode is zeroed by the RSSM, and a latent that is
+        missing in the buffer (−1) is a zero vector.
+        """
+        known = (samples.stoch >= 0).unsqueeze(-1)  # (B, K, 1)
+        stoch = th.nn.functional.one_hot(samples.stoch.clamp_min(0), self.config.classes) * known  # (B, K, C)
+        actions = samples.prev_actions
+        if self.action_spec.nvec is not None:
+            actions = actions.clamp_min(self.action_spec.offset)  # zeros stand for no action; the reset masks them
+        return Batch(
+            as_dict(samples.observations),
+            self.encode_stored_action(actions),
+            samples.rewards,
+            samples.is_first,
+            samples.is_last,
+            samples.is_terminal,
+            samples.deter,
+            stoch.float(),
+        )
+
+
+class MlpPolicy(DreamerPolicy):
+    """Policy for observation spaces that are no Dict."""
+
+
+class CnnPolicy(DreamerPolicy):
+    """Policy for image observations.
+
+    :raises AssertionError: the observation space is no image
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        normalize_images: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        assert is_image_space(observation_space, check_channels=False, normalized_image=not normalize_images), (
+            f"CnnPolicy needs images: a Box of uint8 in [0, 255] with three dimensions, or of floats with "
+            f"policy_kwargs=dict(normalize_images=False); this space is {observation_space}. Use MlpPolicy instead."
+        )
+        super().__init__(observation_space, action_space, lr_schedule, normalize_images=normalize_images, **kwargs)
+
+
+class MultiInputPolicy(DreamerPolicy):
+    """Policy for Dict observation spaces.
+
+    :raises ValueError: the observation space is no Dict
+    """
+
+    def __init__(
+        self, observation_space: spaces.Space, action_space: spaces.Space, lr_schedule: Schedule, **kwargs: Any
+    ) -> None:
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"MultiInputPolicy needs a Dict observation space, not {observation_space}. Use MlpPolicy or CnnPolicy."
+            )
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+
+def as_dict(observation: PyTorchObs) -> dict[str, Tensor]:
+    """An observation by key; the key of a space that is no Dict is ""."""
+    return observation if isinstance(observation, dict) else {"": observation}

@@ -1,0 +1,181 @@
+"""The recurrent state-space model: one step, a sequence of observations, an imagined rollout.
+
+Letters: B sequences, T steps, N states, H imagined steps, D deter, K rows, C classes, G blocks, E token numbers,
+A action numbers, h hidden units.
+
+Source: Hafner et al., Nature 2025 (Methods, "World model learning") and the authors' release, ``rssm.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sb3_dreamer_gpld.config import ModelConfig
+from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
+from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, rms_norm_silu
+
+
+class States(NamedTuple):
+    """States after a sequence of observations.
+
+    :param deter: (B, T, D)
+    :param stoch: one-hot samples with straight-through gradient, (B, T, K, C)
+    :param logits: of the posterior, (B, T, K, C)
+    """
+
+    deter: Tensor
+    stoch: Tensor
+    logits: Tensor
+
+    @property
+    def features(self) -> Tensor:
+        """Input of the heads, [deter, stoch], (B, T, D + K·C)."""
+        return th.cat([self.deter, self.stoch.flatten(-2)], -1)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model with a block-diagonal GRU core and a categorical stochastic state.
+
+    :param tokens: size of the encoder's output, E
+    :param actions: numbers in an action, A
+    :param config: sizes
+    """
+
+    def __init__(self, tokens: int, actions: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        deter, hidden, blocks = config.deter, config.hidden, config.blocks
+        self.deter_in = NormedLinear(deter, hidden)
+        self.stoch_in = NormedLinear(config.stoch_size, hidden)
+        self.action_in = NormedLinear(actions, hidden)
+        self.core = BlockLinear(deter + blocks * 3 * hidden, deter, blocks)
+        self.core_norm = NormSiLU(deter)
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        self.posterior = Head(deter + tokens, [hidden] * config.posterior_layers, [config.stoch_size])
+        self.prior = Head(deter, [hidden] * config.prior_layers, [config.stoch_size])
+
+    def initial(self, batch: int) -> tuple[Tensor, Tensor]:
+        """:return: zeros for deter (batch, D) and stoch (batch, K, C)"""
+        weight = self.core.weight
+        shape = (batch, self.config.stoch, self.config.classes)
+        return weight.new_zeros(batch, self.config.deter), weight.new_zeros(shape)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Class probabilities after the uniform mix, (..., K, C)."""
+        return uniform_mix(logits, self.config.unimix)
+
+    def prior_logits(self, deter: Tensor) -> Tensor:
+        """:param deter: (..., D)
+        :return: (..., K, C)
+        """
+        return self._rows(self.prior(deter))
+
+    def observe(
+        self, tokens: Tensor, actions: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor | None
+    ) -> States:
+        """Posterior states along sequences; state and action before a first step are zeroed.
+
+        :param tokens: (B, T, E)
+        :param actions: action before each observation, (B, T, A)
+        :param is_first: the observation starts an episode, (B, T)
+        :param deter: state before the first step, (B, D)
+        :param stoch: state before the first step, (B, K, C)
+        :param noise: Exp(1) numbers, (B, T, K, C); None: the most probable classes
+        """
+        keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (B, T, 1)
+        # Whatever does not depend on the state is computed for all steps at once.
+        first = self.posterior.layers[0]
+        deter_weight, token_weight = first.linear.weight.split([self.config.deter, tokens.shape[-1]], -1)
+        token_parts = F.linear(tokens, token_weight, first.linear.bias).unbind(1)  # T × (B, h)
+        action_parts = self._action_part(actions * keep).unbind(2)  # T × (G, B, D/G)
+        weights = self._core_weights()
+
+        deters, stochs, logits = [], [], []
+        stoch = stoch.flatten(1)  # (B, K·C)
+        for t, kept in enumerate(keep.unbind(1)):
+            deter = self._core(deter * kept, stoch * kept, action_parts[t], weights)  # (B, D)
+            x = first.norm(F.linear(deter, deter_weight) + token_parts[t])  # (B, h)
+            for layer in self.posterior.layers[1:]:
+                x = layer(x)
+            logit = self._rows(self.posterior.output(x))  # (B, K, C)
+            probs = self.probabilities(logit)
+            sample = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise[:, t])
+            sample = straight_through(sample, probs)
+            stoch = sample.flatten(1)
+            deters.append(deter)
+            stochs.append(sample)
+            logits.append(logit)
+        return States(th.stack(deters, 1), th.stack(stochs, 1), th.stack(logits, 1))
+
+    @th.no_grad()
+    def imagine(
+        self, deter: Tensor, stoch: Tensor, act: Callable[[Tensor, int], Tensor], noise: Tensor | None, horizon: int
+    ) -> Tensor:
+        """Rollouts of the prior, without gradient.
+
+        :param deter: start, (N, D)
+        :param stoch: start, (N, K, C)
+        :param act: gives actions (N, A) for features (N, D + K·C) and the number of the step
+        :param noise: Exp(1) numbers, (H, N, K, C); None: the most probable classes
+        :param horizon: H
+        :return: features of the start and of H imagined states, (H + 1, N, D + K·C)
+        """
+        stoch = stoch.flatten(1)  # (N, K·C)
+        features = [th.cat([deter, stoch], -1)]
+        weights = self._core_weights()
+        for h in range(horizon):
+            action_part = self._action_part(act(features[h], h).unsqueeze(1)).squeeze(2)  # (G, N, D/G)
+            deter = self._core(deter, stoch, action_part, weights)  # (N, D)
+            probs = self.probabilities(self.prior_logits(deter))  # (N, K, C)
+            stoch = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise[h])
+            stoch = stoch.flatten(1)  # (N, K·C)
+            features.append(th.cat([deter, stoch], -1))
+        return th.stack(features)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(..., K·C) → (..., K, C)"""
+        return x.unflatten(-1, (self.config.stoch, self.config.classes))
+
+    def _core_weights(self) -> tuple[Tensor, Tensor]:
+        """The core's weight split by what it multiplies: the block's own slice of deter, and the shared inputs.
+
+        Every block sees the same three hidden vectors beside its slice of deter.
+
+        :return: (G, D/G, D/G) and (G, 2h, D/G); the action's part is in :meth:`_action_part`
+        """
+        own, hidden = self.config.deter // self.config.blocks, self.config.hidden
+        return self.core.weight[:, :own], self.core.weight[:, own : own + 2 * hidden]
+
+    def _action_part(self, actions: Tensor) -> Tensor:
+        """What the actions (B, T, A) add to the core's pre-activation, its bias included, (G, B, T, D/G)."""
+        actions = actions / actions.detach().abs().clamp_min(1.0)
+        x = self.action_in(actions).flatten(0, 1)  # (B·T, h)
+        weight = self.core.weight[:, -self.config.hidden :]  # (G, h, D/G)
+        part = th.baddbmm(self.core.block_bias, x.expand(len(weight), -1, -1), weight)  # (G, B·T, D/G)
+        return part.unflatten(1, actions.shape[:2])
+
+    def _core(self, deter: Tensor, stoch: Tensor, action_part: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        """One step of the recurrence.
+
+        :param deter: (N, D)
+        :param stoch: (N, K·C)
+        :param action_part: (G, N, D/G)
+        :param weights: :meth:`_core_weights`
+        :return: next deter, (N, D)
+        """
+        blocks = self.config.blocks
+        own = deter.unflatten(-1, (blocks, -1)).transpose(0, 1)  # (G, N, D/G)
+        shared = th.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)  # (N, 2h)
+        x = th.baddbmm(action_part, shared.expand(blocks, -1, -1), weights[1])  # (G, N, D/G)
+        x = th.baddbmm(x, own, weights[0])
+        x = rms_norm_silu(x, self.core_norm.weight.view(blocks, 1, -1), (0, 2))
+        gates = th.baddbmm(self.gates.block_bias, x, self.gates.weight)  # (G, N, 3·D/G)
+        reset, candidate, update = gates.chunk(3, -1)
+        candidate = th.tanh(th.sigmoid(reset) * candidate)
+        own = th.lerp(own, candidate, th.sigmoid(update - 1.0))  # (G, N, D/G)
+        return own.transpose(0, 1).flatten(1)

@@ -1,0 +1,231 @@
+"""The world model: encoder, RSSM, decoder, reward and continue heads, and their losses.
+
+Letters: B sequences, T steps, D deter, K rows, C classes, A action numbers, n penalised states, R penalised rows.
+
+Sources: Hafner et al., Nature 2025 (Methods, "World model learning", Eqs. 4 to 6); Sonigra & Kumar 2026,
+arXiv 2605.23089, for the penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch as th
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
+from sb3_dreamer_gpld.distributions import categorical_kl, two_hot_bins, two_hot_loss, two_hot_mean
+from sb3_dreamer_gpld.gpld import rademacher, row_penalty
+from sb3_dreamer_gpld.networks import Encoder, Head, ImageDecoder, apply_heads, image_targets, vector_targets
+from sb3_dreamer_gpld.rssm import RSSM, States
+
+
+class Batch(NamedTuple):
+    """Replayed sequences as the nets see them.
+
+    :param observations: by key of the Dict space ("" if the space is no Dict), (B, T, *shape)
+    :param actions: action before each observation, (B, T, A)
+    :param rewards: received on arriving at each observation, (B, T)
+    :param is_first: the observation starts an episode, bool (B, T)
+    :param is_last: the observation ends an episode, bool (B, T)
+    :param is_terminal: it ends it for good, not by a time limit, bool (B, T)
+    :param deter: recurrent state before the first step, (B, D)
+    :param stoch: likewise, (B, K, C)
+    """
+
+    observations: Mapping[str, Tensor]
+    actions: Tensor
+    rewards: Tensor
+    is_first: Tensor
+    is_last: Tensor
+    is_terminal: Tensor
+    deter: Tensor
+    stoch: Tensor
+
+
+class WorldModelDraws(NamedTuple):
+    """Every random number of the world model's losses.
+
+    :param stoch: Exp(1) numbers for the posterior samples, (B, T, K, C)
+    :param states: indices of the penalised states among the B·T flattened ones, (n,)
+    :param rows: indices of the penalised rows, (R,); None: all
+    :param posterior_probes, prior_probes: Rademacher numbers, (R, n, C); None where no probe is needed
+    """
+
+    stoch: Tensor
+    states: Tensor | None = None
+    rows: Tensor | None = None
+    posterior_probes: Tensor | None = None
+    prior_probes: Tensor | None = None
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continue heads.
+
+    :param spec: keys of the observation space
+    :param actions: numbers in an action, A
+    :param config: sizes and constants
+    """
+
+    bins: Tensor
+
+    def __init__(self, spec: ObservationSpec, actions: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        features, units = config.feature_size, config.units
+        self.encoder = Encoder(spec, config)
+        self.rssm = RSSM(self.encoder.size, actions, config)
+        self.vector_decoder = (
+            Head(features, [units] * config.decoder_layers, [key.size for key in spec.vectors]) if spec.vectors else None
+        )
+        self.image_decoders = nn.ModuleList(
+            ImageDecoder(sum(key.channels for key in keys), *size, config) for size, keys in spec.image_groups.items()
+        )
+        self.reward = Head(features, [units] * config.reward_layers, [config.bins], scale=0.0)
+        self.cont = Head(features, [units] * config.continue_layers, [1])
+        # Not in the state_dict: the bins are a constant, no parameter.
+        self.register_buffer("bins", two_hot_bins(config.bins), persistent=False)
+
+    # ------------------------------------------------------------------------------------ observations
+
+    def targets(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Observations as encoder input and decoder target.
+
+        :param observations: by key, (*batch, *shape)
+        :param batch: batch dimensions
+        :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image size
+        """
+        dtype = self.bins.dtype
+        images = [image_targets(keys, observations, dtype) for keys in self.spec.image_groups.values()]
+        return vector_targets(self.spec, observations, batch, dtype), images
+
+    def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
+        """:return: tokens (*batch, E)"""
+        return self.encoder(*self.targets(observations, batch))
+
+    def decode(self, states_deter: Tensor, states_stoch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Predicted observations.
+
+        :param states_deter: (..., D)
+        :param states_stoch: (..., K, C)
+        :return: per vector key (..., size): symlog values of a Box, logits of the other spaces; per image size
+            (..., height, width, channels) in (0, 1)
+        """
+        deter, stoch = states_deter, states_stoch.flatten(-2)
+        vectors: list[Tensor] = []
+        if self.vector_decoder is not None:
+            vectors = self._split_vectors(self.vector_decoder(th.cat([deter, stoch], -1)))
+        return vectors, self._decode_images(deter, stoch)
+
+    def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
+        return list(outputs.split([key.size for key in self.spec.vectors], -1))
+
+    def _decode_images(self, deter: Tensor, stoch: Tensor) -> list[Tensor]:
+        batch = deter.shape[:-1]
+        return [net(deter.flatten(0, -2), stoch.flatten(0, -2)).unflatten(0, batch) for net in self.image_decoders]
+
+    # -------------------------------------------------------------------------------------- predictions
+
+    def predict_reward(self, outputs: Tensor) -> Tensor:
+        """Expected reward of the reward head's outputs (..., bins), (...)."""
+        return two_hot_mean(outputs, self.bins)
+
+    # ------------------------------------------------------------------------------------------- losses
+
+    def draw(self, batch: int, steps: int, penalty: PenaltyConfig) -> WorldModelDraws:
+        """Random numbers for one update on ``batch`` sequences of ``steps`` steps."""
+        config, device = self.config, self.bins.device
+        stoch = th.empty(batch, steps, config.stoch, config.classes, device=device).exponential_()
+        if not (penalty.posterior or penalty.prior):
+            return WorldModelDraws(stoch)
+        states = th.randperm(batch * steps, device=device)[: penalty.states(batch * steps)]
+        rows = None
+        if penalty.rows is not None and penalty.rows < config.stoch:
+            rows = th.randperm(config.stoch, device=device) if penalty.random_rows else th.arange(config.stoch, device=device)
+            rows = rows[: penalty.rows]
+        shape = (config.stoch if rows is None else len(rows), len(states), config.classes)
+        probed = penalty.estimator == "hutchinson"
+        return WorldModelDraws(
+            stoch,
+            states,
+            rows,
+            rademacher(shape, device) if probed and penalty.posterior else None,
+            rademacher(shape, device) if probed and penalty.prior else None,
+        )
+
+    def loss(
+        self, batch: Batch, draws: WorldModelDraws, penalty: PenaltyConfig, gamma: float
+    ) -> tuple[dict[str, Tensor], States]:
+        """Losses of the world model, before their weights.
+
+        :param batch: replayed sequences
+        :param draws: random numbers
+        :param penalty: which penalties are computed
+        :param gamma: discount that the continue head learns
+        :return: losses by name, each (B, T), and the posterior states
+        """
+        config, size = self.config, batch.rewards.shape  # (B, T)
+        vectors, images = self.targets(batch.observations, size)
+        tokens = self.encoder(vectors, images)  # (B, T, E)
+        states = self.rssm.observe(tokens, batch.actions, batch.is_first, batch.deter, batch.stoch, draws.stoch)
+        losses = self._divergences(states)
+
+        features = states.features  # (B, T, D + K·C)
+        heads = [self.reward, self.cont] + ([] if self.vector_decoder is None else [self.vector_decoder])
+        reward, cont, *decoded = apply_heads(heads, features)
+        losses["reward"] = two_hot_loss(reward, [batch.rewards], self.bins)
+        cont_target = (1.0 - batch.is_terminal.to(features.dtype)) * gamma
+        losses["continue"] = F.binary_cross_entropy_with_logits(cont.squeeze(-1), cont_target, reduction="none")
+        if decoded:
+            for key, prediction, target in zip(self.spec.vectors, self._split_vectors(decoded[0]), vectors, strict=True):
+                losses[f"reconstruction/{key.name}"] = vector_loss(prediction, target, key.nvec)
+        groups = zip(
+            self.spec.image_groups.values(), self._decode_images(states.deter, states.stoch.flatten(-2)), images, strict=True
+        )
+        for keys, prediction, target in groups:
+            errors = (prediction - target).square().split([key.channels for key in keys], -1)
+            for key, error in zip(keys, errors, strict=True):
+                losses[f"reconstruction/{key.name}"] = error.sum((-3, -2, -1))
+
+        if draws.states is not None:
+            inputs = {"posterior": th.cat([states.deter, tokens], -1), "prior": states.deter}
+            nets = {"posterior": self.rssm.posterior, "prior": self.rssm.prior}
+            probes = {"posterior": draws.posterior_probes, "prior": draws.prior_probes}
+            for name in (n for n in nets if getattr(penalty, n)):
+                at_states = row_penalty(
+                    [layer.as_layer() for layer in nets[name].layers],  # type: ignore[operator]
+                    (nets[name].output.parts[0].weight, nets[name].output.parts[0].bias),  # type: ignore[arg-type]
+                    inputs[name].flatten(0, 1)[draws.states],
+                    config.classes,
+                    config.unimix,
+                    probes[name],
+                    draws.rows,
+                )  # (n,)
+                # The other states count as zeros in the mean, as published: the effective weight is ρ·λ.
+                zeros = at_states.new_zeros(batch.rewards.numel())
+                losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(size)
+        return losses, states
+
+    def _divergences(self, states: States) -> dict[str, Tensor]:
+        """KL losses, each summed over the rows, then clipped from below at the free nats."""
+        posterior = self.rssm.probabilities(states.logits)  # (B, T, K, C)
+        prior = self.rssm.probabilities(self.rssm.prior_logits(states.deter))  # (B, T, K, C)
+        dyn = categorical_kl(posterior.detach(), prior)
+        rep = categorical_kl(posterior, prior.detach())
+        return {"dyn": dyn.clamp_min(self.config.free_nats), "rep": rep.clamp_min(self.config.free_nats)}
+
+
+def vector_loss(prediction: Tensor, target: Tensor, nvec: tuple[int, ...] | None) -> Tensor:
+    """Reconstruction loss of one vector observation.
+
+    :param prediction: (..., size)
+    :param target: symlog values, or one-hots, (..., size)
+    :param nvec: classes of each number, None for a Box
+    :return: squared error summed over the numbers, or cross-entropy summed over the categories, (...)
+    """
+    if nvec is None:
+        return (prediction - target).square().sum(-1)
+    log_probs = th.cat([th.log_softmax(x, -1) for x in prediction.split(nvec, -1)], -1)
+    return -(log_probs * target).sum(-1)
