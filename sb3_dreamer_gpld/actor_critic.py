@@ -24,8 +24,8 @@ from sb3_dreamer_gpld.world_model import Batch, WorldModel
 class ImaginationDraws(NamedTuple):
     """Every random number of imagination.
 
-    :param stoch: Exp(1) numbers for the prior samples, (H, N, K, C)
-    :param action: numbers for the actions, (H, N, A); see the ``draw`` of the action's distribution
+    :param stoch: uniform numbers for the prior samples, (H, N, K)
+    :param action: numbers for the actions, (H, N, ·); see the ``draw`` of the action's distribution
     """
 
     stoch: Tensor
@@ -62,7 +62,7 @@ class ActorCritic(nn.Module):
     def draw(self, starts: int, horizon: int) -> ImaginationDraws:
         """Random numbers for rollouts of ``horizon`` steps from ``starts`` states."""
         config, device = self.config, self.bins.device
-        stoch = th.empty(horizon, starts, config.stoch, config.classes, device=device).exponential_()
+        stoch = th.rand(horizon, starts, config.stoch, device=device)
         return ImaginationDraws(stoch, self.distribution.draw((horizon, starts), device))
 
     def loss(
@@ -99,15 +99,17 @@ class ActorCritic(nn.Module):
             return actions[-1]
 
         start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
-        features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1, N, D + K·C)
+        features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
 
-        value_logits = self.value(features[:-1])  # (H, N, bins)
+        # Step by step: what belongs to one step stays in the processor's cache.
+        value_logits = [self.value(x) for x in features[:-1]]  # H × (N, bins)
         with th.no_grad():
-            reward, cont, slow = apply_heads([world_model.reward, world_model.cont, self.slow_value], features)
-            reward = world_model.predict_reward(reward)  # (H + 1, N)
-            cont = th.sigmoid(cont.squeeze(-1))  # (H + 1, N)
-            slow_value = two_hot_mean(slow[:-1], self.bins)  # (H, N)
-            value = two_hot_mean(th.cat([value_logits, self.value(features[-1:])]), self.bins)  # (H + 1, N)
+            frozen = [world_model.reward, world_model.cont, self.slow_value]
+            predictions = [apply_heads(frozen, x) for x in features]
+            reward = th.stack([world_model.predict_reward(r) for r, _, _ in predictions])  # (H + 1, N)
+            cont = th.sigmoid(th.stack([c.squeeze(-1) for _, c, _ in predictions]))  # (H + 1, N)
+            slow_value = th.stack([two_hot_mean(v, self.bins) for _, _, v in predictions[:-1]])  # (H, N)
+            value = th.stack([two_hot_mean(v, self.bins) for v in [*value_logits, self.value(features[-1])]])  # (H + 1, N)
             returns = imagined_returns(reward, cont, value, return_lambda)  # (H, N)
             weight = cont.cumprod(0)[:-1]  # (H, N), the start's own continuation included
             percentiles = self.updated_percentiles(returns)
@@ -116,7 +118,8 @@ class ActorCritic(nn.Module):
 
         log_prob, entropy = self.distribution.log_prob_and_entropy(th.stack(outputs), th.stack(actions))  # (H, N)
         policy_loss = -weight * (log_prob * advantage + ent_coef * entropy)
-        value_loss = weight * two_hot_loss(value_logits, [returns, slow_value], self.bins)
+        per_step = zip(value_logits, returns, slow_value, strict=True)
+        value_loss = weight * th.stack([two_hot_loss(logits, [r, v], self.bins) for logits, r, v in per_step])  # (H, N)
         losses = {"policy": policy_loss.mean(0).view(size), "value": value_loss.mean(0).view(size)}
 
         # The rollout of each replayed state starts there, so its first slow value and return serve the replay loss too.

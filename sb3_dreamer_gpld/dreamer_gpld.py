@@ -311,7 +311,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         assert isinstance(replay_buffer, SequenceReplayBuffer) and self._state is not None
         assert self._last_episode_starts is not None
         replay_buffer.stage(
-            self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-1).cpu().numpy()
+            self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-2).cpu().numpy()
         )
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)  # type: ignore[arg-type]
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
@@ -429,7 +429,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 actor_critic.draw(sequences * steps, self.imagination_horizon),
             )
             self.replay_buffer.update_latents(
-                samples.envs, samples.starts, states.deter.detach(), states.stoch.detach().argmax(-1)
+                samples.envs, samples.starts, states.deter.detach(), states.stoch.detach().argmax(-2)
             )
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

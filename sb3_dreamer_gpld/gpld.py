@@ -3,7 +3,7 @@
 Source: Sonigra & Kumar, "GPLD", 2026, arXiv 2605.23089, and the authors' release. This file knows tensors and layers,
 nothing of reinforcement learning.
 
-A net of L layers (linear → RMSNorm → SiLU) and a last linear gives K rows of C logits; the penalised map is the
+A net of L layers (linear → RMSNorm → SiLU) and a last linear gives C logits for each of K rows; the penalised map is the
 probability vector q_i = (1 − m)·softmax(l_i) + m/C of each row i as a function of the net's input u. With
 J_i = ∂q_i/∂u, the penalty at one state is the mean over the rows of ‖J_i‖²_F. For a probe ε with E[εεᵀ] = I,
 E‖J_iᵀε‖² = ‖J_i‖²_F (Hutchinson). Every factor of J_iᵀ is known, so no automatic differentiation is needed to form it:
@@ -65,7 +65,7 @@ def row_penalty(
     """Mean over the rows of ‖J_iᵀε_i‖², or of ‖J_i‖²_F itself if no probes are given.
 
     :param layers: hidden layers of the net, at least one
-    :param output: weight (K·C, h) and bias (K·C,) of the last linear
+    :param output: weight (C·K, h) and bias (C·K,) of the last linear
     :param inputs: u, (n, I)
     :param classes: C
     :param unimix: m
@@ -77,8 +77,8 @@ def row_penalty(
     for layer in layers:
         x, at = _forward(layer, x)
         local.append(at)
-    weight = output[0].view(-1, classes, x.shape[-1])  # (K, C, h)
-    bias = output[1].view(-1, 1, classes)  # (K, 1, C)
+    weight = output[0].view(classes, -1, x.shape[-1]).transpose(0, 1)  # (K, C, h)
+    bias = output[1].view(classes, 1, -1).permute(2, 1, 0)  # (K, 1, C)
     if rows is not None:
         weight, bias = weight[rows], bias[rows]  # (R, C, h), (R, 1, C)
     p = th.softmax(th.baddbmm(bias, x.expand(len(weight), -1, -1), weight.mT), -1)  # (R, n, C)

@@ -28,7 +28,7 @@ class RecurrentState(NamedTuple):
     """What the agent remembers between two steps of N environments.
 
     :param deter: (N, D)
-    :param stoch: one-hots, (N, K, C)
+    :param stoch: one-hots, (N, C, K)
     :param action: last action as the nets see it, (N, A)
     """
 
@@ -141,7 +141,7 @@ class DreamerPolicy(BasePolicy):
         """
         n, config = len(is_first), self.config
         tokens = self.world_model.encode(as_dict(observation), (n, 1))  # (N, 1, E)
-        noise = None if deterministic else tokens.new_empty(n, 1, config.stoch, config.classes).exponential_()
+        noise = None if deterministic else th.rand(n, 1, config.stoch, device=tokens.device)
         states = self.world_model.rssm.observe(
             tokens, state.action.unsqueeze(1), is_first.unsqueeze(1), state.deter, state.stoch, noise
         )
@@ -166,7 +166,7 @@ class DreamerPolicy(BasePolicy):
         :param state: what the last call returned; None: nothing is remembered
         :param episode_start: bool (N,), where the memory is dropped; None: nowhere
         :param deterministic: take the most probable latent and action; no random number is drawn
-        :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, K, C),
+        :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, C, K),
             action (N, A)); the arguments are left as they are
         :raises ValueError: the state belongs to another number of environments
         """
@@ -233,8 +233,8 @@ class DreamerPolicy(BasePolicy):
         An action taken before the window's first observation of an episode is zeroed by the RSSM, and a latent that is
         missing in the buffer (−1) is a zero vector.
         """
-        known = (samples.stoch >= 0).unsqueeze(-1)  # (B, K, 1)
-        stoch = th.nn.functional.one_hot(samples.stoch.clamp_min(0), self.config.classes) * known  # (B, K, C)
+        classes = th.arange(self.config.classes, device=self.device).unsqueeze(-1)  # (C, 1)
+        stoch = samples.stoch.unsqueeze(-2) == classes  # (B, C, K), all False where the latent is missing
         actions = samples.prev_actions
         if self.action_spec.nvec is not None:
             actions = actions.clamp_min(self.action_spec.offset)  # zeros stand for no action; the reset masks them

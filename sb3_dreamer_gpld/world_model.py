@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     :param is_last: the observation ends an episode, bool (B, T)
     :param is_terminal: it ends it for good, not by a time limit, bool (B, T)
     :param deter: recurrent state before the first step, (B, D)
-    :param stoch: likewise, (B, K, C)
+    :param stoch: likewise, (B, C, K)
     """
 
     observations: Mapping[str, Tensor]
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 class WorldModelDraws(NamedTuple):
     """Every random number of the world model's losses.
 
-    :param stoch: Exp(1) numbers for the posterior samples, (B, T, K, C)
+    :param stoch: uniform numbers for the posterior samples, (B, T, K)
     :param states: indices of the penalised states among the B·T flattened ones, (n,)
     :param rows: indices of the penalised rows, (R,); None: all
     :param posterior_probes, prior_probes: Rademacher numbers, (R, n, C); None where no probe is needed
@@ -109,7 +109,7 @@ class WorldModel(nn.Module):
         """Predicted observations.
 
         :param states_deter: (..., D)
-        :param states_stoch: (..., K, C)
+        :param states_stoch: (..., C, K)
         :return: per vector key (..., size): symlog values of a Box, logits of the other spaces; per image size
             (..., height, width, channels) in (0, 1)
         """
@@ -137,7 +137,7 @@ class WorldModel(nn.Module):
     def draw(self, batch: int, steps: int, penalty: PenaltyConfig) -> WorldModelDraws:
         """Random numbers for one update on ``batch`` sequences of ``steps`` steps."""
         config, device = self.config, self.bins.device
-        stoch = th.empty(batch, steps, config.stoch, config.classes, device=device).exponential_()
+        stoch = th.rand(batch, steps, config.stoch, device=device)
         if not (penalty.posterior or penalty.prior):
             return WorldModelDraws(stoch)
         states = th.randperm(batch * steps, device=device)[: penalty.states(batch * steps)]
@@ -172,7 +172,7 @@ class WorldModel(nn.Module):
         states = self.rssm.observe(tokens, batch.actions, batch.is_first, batch.deter, batch.stoch, draws.stoch)
         losses = self._divergences(states)
 
-        features = states.features  # (B, T, D + K·C)
+        features = states.features  # (B, T, D + C·K)
         heads = [self.reward, self.cont] + ([] if self.vector_decoder is None else [self.vector_decoder])
         reward, cont, *decoded = apply_heads(heads, features)
         losses["reward"] = two_hot_loss(reward, [batch.rewards], self.bins)
@@ -210,8 +210,8 @@ class WorldModel(nn.Module):
 
     def _divergences(self, states: States) -> dict[str, Tensor]:
         """KL losses, each summed over the rows, then clipped from below at the free nats."""
-        posterior = self.rssm.probabilities(states.logits)  # (B, T, K, C)
-        prior = self.rssm.probabilities(self.rssm.prior_logits(states.deter))  # (B, T, K, C)
+        posterior = self.rssm.probabilities(states.logits)  # (B, T, C, K)
+        prior = self.rssm.probabilities(self.rssm.prior_logits(states.deter))  # (B, T, C, K)
         dyn = categorical_kl(posterior.detach(), prior)
         rep = categorical_kl(posterior, prior.detach())
         return {"dyn": dyn.clamp_min(self.config.free_nats), "rep": rep.clamp_min(self.config.free_nats)}

@@ -1,0 +1,152 @@
+"""How long one update takes, beside a yardstick of the machine measured in the same run.
+
+Usage: python -m benchmarks.update_time --size 1m [--penalty 0.5] [--precision float32] [--compile] [--batch 16]
+       [--length 64] [--horizon 15] [--repeats 11] [--device cpu] [--json FILE]
+
+Updates and yardstick alternate; medians are printed. Let nothing else run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.walker import filled_model
+from benchmarks.yardstick import FLOP, Yardstick, synchronize
+from sb3_dreamer_gpld import DreamerGPLD
+
+
+@contextmanager
+def phase_timers(model: DreamerGPLD) -> Iterator[dict[str, list[float]]]:
+    """Seconds spent in each phase of an update, by name."""
+    policy, seconds = model.policy, defaultdict[str, list[float]](list)
+    assert model.replay_buffer is not None
+    targets: list[tuple[str, Any, str]] = [
+        ("sample", model.replay_buffer, "sample"),
+        ("refresh latents", model.replay_buffer, "update_latents"),
+        ("encode", policy.world_model.encoder, "forward"),
+        ("observe", policy.world_model.rssm, "observe"),
+        ("world model", policy.world_model, "loss"),
+        ("imagine", policy.world_model.rssm, "imagine"),
+        ("actor-critic", policy.actor_critic, "loss"),
+        ("losses", model, "loss"),
+        ("optimiser", policy.optimizer, "step"),
+        ("update", model, "update"),
+    ]
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(model.device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(model.device)
+            seconds[name].append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    for name, owner, attribute in targets:
+        owner.__dict__[attribute] = timed(name, getattr(owner, attribute))
+    try:
+        yield seconds
+    finally:
+        for _, owner, attribute in targets:
+            del owner.__dict__[attribute]
+
+
+def exclusive(seconds: dict[str, list[float]], total: float) -> dict[str, float]:
+    """Median milliseconds of each phase without the phases inside it."""
+    ms = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+    ms["world-model losses"] = ms.pop("world model") - ms["encode"] - ms["observe"]
+    ms["actor-critic"] -= ms["imagine"]
+    ms["backward and rest"] = ms.pop("update") - ms.pop("losses") - ms["optimiser"]
+    ms["total"] = 1e3 * total
+    return ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1m")
+    parser.add_argument("--penalty", type=float, default=0.5, help="λ₀ of the posterior")
+    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--horizon", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    model = filled_model(
+        steps=max(1100, 2 * args.length),
+        model_size=args.size,
+        posterior_penalty=args.penalty,
+        precision=args.precision,
+        compile=args.compile,
+        batch_size=args.batch,
+        batch_length=args.length,
+        imagination_horizon=args.horizon,
+        buffer_size=10_000,
+        device=args.device,
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yardstick = Yardstick(model.device)
+    for _ in range(2):
+        model.train(1, args.batch)
+    updates, yards = [], []
+    for _ in range(args.repeats):
+        yards.append(yardstick())
+        synchronize(model.device)
+        start = time.perf_counter()
+        model.train(1, args.batch)
+        synchronize(model.device)
+        updates.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with phase_timers(model) as seconds:
+        for _ in range(args.repeats):
+            model.train(1, args.batch)
+    with FlopCounterMode(display=False) as counter:
+        model.train(1, args.batch)
+    flop = counter.get_total_flops()
+
+    update, yard = float(np.median(updates)), float(np.median(yards))
+    result = {
+        "size": args.size,
+        "threads": th.get_num_threads(),
+        "update_ms": 1e3 * update,
+        "update_ms_range": [1e3 * min(updates), 1e3 * max(updates)],
+        "yardstick_ms": 1e3 * yard,
+        "ratio": float(np.median(np.array(updates) / np.array(yards))),
+        "gflop": flop / 1e9,
+        "share_of_yardstick_rate": flop / update / (FLOP / yard),
+        "extra_memory_mib": (peak - before) / 1024,
+        "phases_ms": exclusive(seconds, update),
+    }
+    print(f"size {args.size}, batch {args.batch}x{args.length}, horizon {args.horizon}, penalty {args.penalty}, "
+          f"{args.precision}, {'compiled' if args.compile else 'not compiled'}, {result['threads']} threads")  # fmt: skip
+    print(f"update     {result['update_ms']:8.1f} ms   (median of {args.repeats}; {1e3 * min(updates):.1f} to {1e3 * max(updates):.1f})")
+    print(f"yardstick  {result['yardstick_ms']:8.1f} ms   ({FLOP / 1e9:.0f} GFLOP of float32 matrix products)")
+    print(f"ratio      {result['ratio']:8.2f}")
+    print(f"work       {result['gflop']:8.1f} GFLOP, {100 * result['share_of_yardstick_rate']:.0f} % of the yardstick's rate")
+    print(f"memory     {result['extra_memory_mib']:8.0f} MiB more at the peak than before the first update")
+    for name, ms in sorted(result["phases_ms"].items(), key=lambda item: -item[1]):
+        print(f"  {name:<20} {ms:8.1f} ms")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

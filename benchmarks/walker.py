@@ -1,0 +1,52 @@
+"""A model that is ready to train on sequences with the sizes of dm_control's walker, without the simulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from sb3_dreamer_gpld import DreamerGPLD
+
+
+class WalkerSized(gym.Env):
+    """Random observations in walker's spaces: 24 observation and 6 action numbers, episodes of 500 steps."""
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Dict(
+            {
+                "height": spaces.Box(-np.inf, np.inf, ()),
+                "orientations": spaces.Box(-np.inf, np.inf, (14,)),
+                "velocity": spaces.Box(-np.inf, np.inf, (9,)),
+            }
+        )
+        self.action_space = spaces.Box(-1.0, 1.0, (6,))
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.steps += 1
+        return self._observation(), float(self.np_random.random()), False, self.steps >= 500, {}
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        items = self.observation_space.spaces.items()
+        return {key: self.np_random.standard_normal(space.shape).astype(np.float32) for key, space in items}
+
+
+def filled_model(steps: int = 1100, **kwargs: Any) -> DreamerGPLD:
+    """A model with ``steps`` stored steps and no update made.
+
+    :param steps: environment steps to collect
+    :param kwargs: arguments of DreamerGPLD
+    """
+    model = DreamerGPLD("MultiInputPolicy", WalkerSized(), seed=0, **kwargs)
+    ratio, model.train_ratio = model.train_ratio, 0.0
+    model.learn(steps, log_interval=None)
+    model.train_ratio = ratio
+    return model

@@ -1,0 +1,348 @@
+"""Looks for mistakes in hyperparameter files of rl_zoo3: a wrong key, value or type, found without training."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_dreamer_gpld.config import SIZES, check_int, check_range
+from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.policies import DreamerPolicy
+
+DM_CONTROL = "dm_control/"
+_PIXELS = "sb3_dreamer_gpld.envs.PixelObservation"
+
+# Constructor arguments that rl_zoo3 gives itself, and what sets them
+_SET_ELSEWHERE = {
+    "env": "--env on the command line",
+    "seed": "--seed on the command line",
+    "device": "--device on the command line",
+    "verbose": "--verbose on the command line",
+    "tensorboard_log": "--tensorboard-log on the command line",
+    "action_noise": "noise_type and noise_std",
+}
+
+
+def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
+    """Text of the error for a name that does not exist: the closest one that does, or if there is none, all of them."""
+    allowed = sorted(map(str, allowed))
+    close = difflib.get_close_matches(str(name), allowed, n=1)
+    if close:
+        return f"{kind} {name!r} does not exist. Did you mean {close[0]!r}?"
+    return f"{kind} {name!r} does not exist" + (f". Allowed: {', '.join(allowed)}" if len(allowed) < 50 else "")
+
+
+def read_yaml(file: str) -> tuple[dict[str, Any], list[str]]:
+    """
+    :param file: a file of hyperparameters
+    :return: its entries by environment, and what is wrong with the file as a whole
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        return {}, [f"{file}: {error.strerror}"]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return {}, [f"{file} is not YAML: {error}"]
+    if not isinstance(entries, dict) or not entries:
+        return {}, [f"{file}: the file must have an entry for each environment, 'Pendulum-v1:' and its keys below"]
+    return entries, []
+
+
+def check_file(file: str) -> list[str]:
+    """Check every entry of a file.
+
+    :param file: a file of hyperparameters
+    :return: what is wrong, each with the file, the entry and the key
+    """
+    entries, problems = read_yaml(file)
+    found: dict[str, list[str]] = {}  # entries are often copies of each other
+    for name, entry in entries.items():
+        wrong = list(_check_environment(name))
+        if not isinstance(entry, dict):
+            wrong.append(f"an entry is a list of 'key: value' lines, not {entry!r}")
+        else:
+            if repr(entry) not in found:
+                found[repr(entry)] = check_entry(entry)
+            wrong += found[repr(entry)]
+        problems += [f"{file}, {name}: {problem}" for problem in wrong]
+    return problems
+
+
+def _check_environment(name: object) -> Iterable[str]:
+    """Only dm_control's tasks are all known: other environments may come from packages that are not imported here."""
+    tasks = [env_id for env_id in gym.registry if env_id.startswith(DM_CONTROL)]
+    if str(name).startswith(DM_CONTROL) and tasks and name not in tasks:
+        yield unknown("the environment", name, tasks)
+
+
+def check_entry(entry: dict[str, Any]) -> list[str]:
+    """Check what an entry of a hyperparameter file says, by building the agent without memory for its parameters.
+
+    :param entry: keys and values, as rl_zoo3 reads them
+    :return: what is wrong, each with the key
+    """
+    problems, arguments = [], {}
+    for key, value in entry.items():
+        try:
+            _check_key(key, value)
+            if key not in _ZOO_KEYS:
+                arguments[key] = _evaluated(key, value)
+        except Exception as error:  # whatever the value did: it came from the file
+            problems.append(f"{key}: {error}{_number_hint(value)}")
+    problems += [f"{key}: this key is missing" for key in ("n_timesteps", "policy") if key not in entry]
+    if ("noise_type" in entry) != ("noise_std" in entry):
+        problems.append("noise_type: noise_type and noise_std need each other")
+    pixels = _PIXELS in str(entry.get("env_wrapper"))
+    error = _build_error(arguments, pixels)
+    if error is not None:
+        problems += _faults(arguments, pixels) or [f"{', '.join(arguments)} together: {error}"]
+    return problems
+
+
+def _check_key(key: str, value: Any) -> None:
+    """:raises ValueError, TypeError: the key does not exist, or the value is wrong in itself"""
+    parameters = inspect.signature(DreamerGPLD).parameters
+    if key in _SET_ELSEWHERE:
+        raise ValueError(f"this is set by {_SET_ELSEWHERE[key]}, not here")
+    if key not in _ZOO_KEYS and (key not in parameters or key.startswith("_")):
+        allowed = [name for name in parameters if name not in _SET_ELSEWHERE and not name.startswith("_")]
+        raise TypeError(unknown("the key", key, [*allowed, *_ZOO_KEYS]))
+    if key in _CHECKS:
+        _CHECKS[key](value)
+    elif isinstance(parameters[key].default, bool) and not isinstance(value, bool):
+        raise TypeError(f"{key} must be true or false, not {value!r}")
+
+
+def _faults(arguments: dict[str, Any], pixels: bool) -> list[str]:
+    """Try the arguments one by one, to say which of them are wrong."""
+    basis = {key: arguments[key] for key in ("policy", "model_size") if key in arguments}
+    faults = []
+    for key, value in arguments.items():
+        parts = {key: value}
+        if key == "policy_kwargs":  # deter and blocks must fit each other, so alone they may seem wrong
+            parts = {f"{key}, {name}": {name: part} for name, part in value.items() if name not in ("deter", "blocks")}
+        for name, part in parts.items():
+            error = _build_error({**basis, key: part}, pixels)
+            if error is not None:
+                text = next(iter(part.values())) if key == "policy_kwargs" else part
+                faults.append(f"{name}: {error}{_number_hint(text)}")
+    return faults
+
+
+def _number_hint(value: Any) -> str:
+    """YAML 1.1 takes a number for a text if its exponent comes without a point or a sign."""
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return ""
+    mantissa, exponent = f"{float(value):e}".split("e")
+    return f". YAML reads {value} as text: write {float(mantissa)}e{exponent}"
+
+
+def _evaluated(key: str, value: Any) -> Any:
+    """The value of a constructor argument as rl_zoo3 passes it on: it evaluates some texts as Python."""
+    if key in ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs") and isinstance(value, str):
+        return _evaluate(value)
+    if key == "learning_rate":
+        return _learning_rate(value)
+    if key == "train_freq" and isinstance(value, list):
+        return tuple(value)
+    if key == "policy" and "." in str(value):
+        return _find_class(value)
+    return value
+
+
+def _evaluate(text: str) -> Any:
+    from rl_zoo3 import exp_manager
+
+    try:
+        return eval(text, dict(vars(exp_manager)))  # where rl_zoo3 evaluates it: th, nn and others are known there
+    except Exception as error:  # whatever the text does: it came from the file
+        raise ValueError(f"{text!r} is not a Python expression that can be evaluated: {error}") from error
+
+
+def _build_error(arguments: dict[str, Any], pixels: bool) -> Exception | None:
+    """Build an agent on PyTorch's "meta" device, where tensors have shapes but no memory.
+
+    :param arguments: constructor arguments
+    :param pixels: whether the environment shows pictures
+    :return: what went wrong
+    """
+    try:
+        model = DreamerGPLD(**{"policy": "MlpPolicy", "env": None, **arguments}, device="meta", _init_setup_model=False)
+        model.observation_space, model.action_space, model.n_envs = _space(arguments, pixels), spaces.Box(-1, 1, (2,)), 1
+        with th.device("meta"):
+            model._setup_model()
+    except Exception as error:  # whatever the values did: they came from the file
+        return error
+    return None
+
+
+def _space(arguments: dict[str, Any], pixels: bool) -> spaces.Space:
+    """An observation space that suits the policy."""
+    policy = arguments.get("policy")
+    space: spaces.Space = spaces.Box(-1, 1, (3,))
+    if pixels or policy == "CnnPolicy":
+        unscaled = dict(arguments.get("policy_kwargs") or {}).get("normalize_images") is False
+        space = spaces.Box(0, 1, (3, 64, 64)) if unscaled else spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    return spaces.Dict(observation=space) if pixels or policy == "MultiInputPolicy" else space
+
+
+# ------------------------------------------------------------------------------------------- checks of single values
+
+
+def _find_class(path: Any) -> type:
+    """:raises ValueError: there is no such class"""
+    module_name, _, name = str(path).rpartition(".")
+    if not module_name:
+        raise ValueError(f"{path!r} must be a class with its module, such as 'sb3_dreamer_gpld.envs.ActionRepeat'")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{path!r}: {error}") from error
+    if not isinstance(getattr(module, name, None), type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(unknown(f"in {module_name}, the class", name, classes))
+    return getattr(module, name)
+
+
+def _check_names(names: Iterable[str], function: Callable[..., Any], given_already: int) -> None:
+    """Check the names of the arguments of a function.
+
+    :raises TypeError: it has no such argument
+    """
+    parameters = list(inspect.signature(function).parameters.values())[given_already:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    for name in names:
+        if name not in [parameter.name for parameter in parameters]:
+            raise TypeError(unknown(f"the argument of {function.__name__}", name, [p.name for p in parameters]))
+
+
+def _check_classes(given_already: int) -> Callable[[Any], None]:
+    """Check of wrappers and callbacks: a class, one with arguments, or a list of these."""
+
+    def check(value: Any) -> None:
+        for item in value if isinstance(value, list) else [value]:
+            if item is None and not isinstance(value, list):
+                continue
+            name, arguments = (item, {})
+            if isinstance(item, dict):
+                if len(item) != 1:
+                    raise ValueError(f"{item!r} must be one class with its arguments below it, indented further")
+                name, arguments = next(iter(item.items()))
+            if not isinstance(arguments, dict):
+                raise TypeError(f"the arguments of {name} must be 'name: value' lines, not {arguments!r}")
+            _check_names(arguments, _find_class(name), given_already)
+
+    return check
+
+
+def _check_dict_for(function: Callable[..., Any], given_already: int = 1) -> Callable[[Any], None]:
+    """Check of arguments for a function, as a dict or a text that gives one."""
+
+    def check(value: Any) -> None:
+        arguments = _evaluate(value) if isinstance(value, str) else value
+        if not isinstance(arguments, dict):
+            raise TypeError(f"it must be 'name: value' lines or 'dict(name=value)', not {value!r}")
+        _check_names(arguments, function, given_already)
+
+    return check
+
+
+def _check_steps(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1:
+        raise ValueError(f"n_timesteps must be a number of at least 1, not {value!r}")
+
+
+def _check_count(name: str) -> Callable[[Any], None]:
+    return lambda value: check_int(name, value, 1)
+
+
+def _check_normalize(value: Any) -> None:
+    if not isinstance(value, bool):
+        _check_dict_for(VecNormalize)(value)
+
+
+def _check_env_kwargs(value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"env_kwargs must be 'name: value' lines, not {value!r}")
+
+
+def _check_noise_type(value: Any) -> None:
+    if not isinstance(value, str) or not any(name in value for name in ("normal", "ornstein-uhlenbeck")):
+        raise ValueError(f"noise_type must be 'normal' or 'ornstein-uhlenbeck', not {value!r}")
+
+
+def _check_policy(value: Any) -> None:
+    if "." in str(value):
+        if not issubclass(_find_class(value), DreamerPolicy):
+            raise TypeError(f"{value} is not a policy of DreamerGPLD: it must derive from DreamerPolicy")
+    elif value not in DreamerGPLD.policy_aliases:
+        raise ValueError(unknown("the policy", value, DreamerGPLD.policy_aliases))
+
+
+def _learning_rate(value: Any) -> float:
+    """rl_zoo3 takes any text with an underscore for a linear schedule."""
+    kind, _, number = value.partition("_") if isinstance(value, str) else ("lin", "", value)
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
+        kind = ""
+    if kind != "lin" or isinstance(value, bool):
+        raise ValueError(f"learning_rate must be a number, or 'lin_' and a number for a linear decay to 0, not {value!r}")
+    check_range("learning_rate", number, 0.0, float("inf"), low_open=True)
+    return number
+
+
+def _check_train_freq(value: Any) -> None:
+    steps, unit = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, "step")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1 or unit not in ("step", "episode"):
+        raise ValueError(f"train_freq must be a number of steps, or a list such as [1, episode], not {value!r}")
+
+
+def _check_model_size(value: Any) -> None:
+    if value is not None and value not in SIZES:
+        raise ValueError(unknown("the model size", value, SIZES))
+
+
+def _check_policy_kwargs(value: Any) -> None:
+    if not isinstance(_evaluated("policy_kwargs", value), dict):
+        raise TypeError(f"policy_kwargs must be 'name: value' lines or 'dict(name=value)', not {value!r}")
+
+
+# Keys that rl_zoo3 takes out before it makes the agent
+_ZOO_KEYS: dict[str, Callable[[Any], None]] = {
+    "n_timesteps": _check_steps,
+    "n_envs": _check_count("n_envs"),
+    "frame_stack": _check_count("frame_stack"),
+    "normalize": _check_normalize,
+    "env_wrapper": _check_classes(1),
+    "vec_env_wrapper": _check_classes(1),
+    "callback": _check_classes(0),
+    "env_kwargs": _check_env_kwargs,
+    "monitor_kwargs": _check_dict_for(Monitor),
+    "noise_type": _check_noise_type,
+    "noise_std": lambda value: check_range("noise_std", value, 0.0, float("inf")),
+}
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    **_ZOO_KEYS,
+    "policy": _check_policy,
+    "policy_kwargs": _check_policy_kwargs,
+    "model_size": _check_model_size,
+    "train_freq": _check_train_freq,
+    "stats_window_size": _check_count("stats_window_size"),
+}
