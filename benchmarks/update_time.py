@@ -137,7 +137,8 @@ def main() -> None:
     }
     print(f"size {args.size}, batch {args.batch}x{args.length}, horizon {args.horizon}, penalty {args.penalty}, "
           f"{args.precision}, {'compiled' if args.compile else 'not compiled'}, {result['threads']} threads")  # fmt: skip
-    print(f"update     {result['update_ms']:8.1f} ms   (median of {args.repeats}; {1e3 * min(updates):.1f} to {1e3 * max(updates):.1f})")
+    low, high = result["update_ms_range"]
+    print(f"update     {result['update_ms']:8.1f} ms   (median of {args.repeats}; {low:.1f} to {high:.1f})")
     print(f"yardstick  {result['yardstick_ms']:8.1f} ms   ({FLOP / 1e9:.0f} GFLOP of float32 matrix products)")
     print(f"ratio      {result['ratio']:8.2f}")
     print(f"work       {result['gflop']:8.1f} GFLOP, {100 * result['share_of_yardstick_rate']:.0f} % of the yardstick's rate")

@@ -8,19 +8,15 @@ The exit status is 0 if the trained policy's mean return is at least five times 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered here
-
-import matplotlib
-
-matplotlib.use("Agg")
-
 import gymnasium as gym
+import matplotlib
 import numpy as np
 import yaml
 from matplotlib import pyplot as plt
@@ -77,6 +73,9 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("demo.yml"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     args = parser.parse_args()
+    os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered here
+    matplotlib.use("Agg")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # dm_control's models use names that MuJoCo calls deprecated
     settings: dict[str, Any] = yaml.safe_load(args.config.read_text())
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -87,7 +86,8 @@ def main() -> int:
     env = Monitor(make_env(), str(args.out / "training"))
     model = DreamerGPLD(settings["policy"], env, tensorboard_log=str(args.out / "tensorboard"), **settings["model"])
     parameters = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
-    print(f"Training on {settings['task']}: {parameters:,} parameters, {settings['n_timesteps']:,} steps, settings in {args.config}")
+    print(f"Training on {settings['task']} for up to {settings['n_timesteps']:,} steps, with {parameters:,} parameters")
+    print(f"Settings: {args.config}")
     start = time.monotonic()
     model.learn(settings["n_timesteps"], callback=StopAfter(settings["max_minutes"]), log_interval=1, progress_bar=True)
     minutes = (time.monotonic() - start) / 60

@@ -21,6 +21,9 @@ from sb3_dreamer_gpld.rssm import States
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
 
+CHUNK_ROWS = 1024  # states whose predictions are computed together
+
+
 class ImaginationDraws(NamedTuple):
     """Every random number of imagination.
 
@@ -94,22 +97,24 @@ class ActorCritic(nn.Module):
         def act(features: Tensor, step: int) -> Tensor:
             # The graph of these outputs is what the policy loss needs, so they are not computed again.
             with th.enable_grad():
-                outputs.append(self.policy(features))
+                outputs.append(self.policy_outputs(features))
             actions.append(self.distribution.sample(outputs[-1], draws.action[step]))
             return actions[-1]
 
         start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
         features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
 
-        # Step by step: what belongs to one step stays in the processor's cache.
-        value_logits = [self.value(x) for x in features[:-1]]  # H × (N, bins)
+        # A few steps at a time: enough rows for a good matrix product, few enough for the processor's cache.
+        group = max(1, CHUNK_ROWS // start[0].shape[0])
+        chunks = [
+            th.stack(features[i : min(i + group, horizon)]) for i in range(0, horizon, group)
+        ]  # (≤ group, N, D + C·K) each
+        value_logits, values = zip(*[self.value_step(x) for x in chunks], strict=True)  # (≤ group, N, bins), (≤ group, N)
         with th.no_grad():
-            frozen = [world_model.reward, world_model.cont, self.slow_value]
-            predictions = [apply_heads(frozen, x) for x in features]
-            reward = th.stack([world_model.predict_reward(r) for r, _, _ in predictions])  # (H + 1, N)
-            cont = th.sigmoid(th.stack([c.squeeze(-1) for _, c, _ in predictions]))  # (H + 1, N)
-            slow_value = th.stack([two_hot_mean(v, self.bins) for _, _, v in predictions[:-1]])  # (H, N)
-            value = th.stack([two_hot_mean(v, self.bins) for v in [*value_logits, self.value(features[-1])]])  # (H + 1, N)
+            last = features[-1].unsqueeze(0)  # (1, N, D + C·K)
+            predictions = [self.prediction_step(world_model, x) for x in [*chunks, last]]
+            reward, cont, slow_value = (th.cat(parts) for parts in zip(*predictions, strict=True))  # (H + 1, N)
+            value = th.cat([*values, self.value_step(last)[1]])  # (H + 1, N)
             returns = imagined_returns(reward, cont, value, return_lambda)  # (H, N)
             weight = cont.cumprod(0)[:-1]  # (H, N), the start's own continuation included
             percentiles = self.updated_percentiles(returns)
@@ -118,8 +123,8 @@ class ActorCritic(nn.Module):
 
         log_prob, entropy = self.distribution.log_prob_and_entropy(th.stack(outputs), th.stack(actions))  # (H, N)
         policy_loss = -weight * (log_prob * advantage + ent_coef * entropy)
-        per_step = zip(value_logits, returns, slow_value, strict=True)
-        value_loss = weight * th.stack([two_hot_loss(logits, [r, v], self.bins) for logits, r, v in per_step])  # (H, N)
+        targets = zip(value_logits, returns.split(group), slow_value[:-1].split(group), strict=True)
+        value_loss = weight * th.cat([self.value_loss_step(*chunk) for chunk in targets])  # (H, N)
         losses = {"policy": policy_loss.mean(0).view(size), "value": value_loss.mean(0).view(size)}
 
         # The rollout of each replayed state starts there, so its first slow value and return serve the replay loss too.
@@ -136,6 +141,24 @@ class ActorCritic(nn.Module):
             "return_scale": scale,
         }
         return losses, {name: metric.detach() for name, metric in metrics.items()}, percentiles
+
+    def policy_outputs(self, features: Tensor) -> Tensor:
+        """Outputs of the policy net for features (N, D + C·K), (N, outputs)."""
+        return self.policy(features)
+
+    def value_step(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Value of features (..., D + C·K): logits (..., bins), and their mean without gradient (...)."""
+        logits = self.value(features)
+        return logits, two_hot_mean(logits.detach(), self.bins)
+
+    def value_loss_step(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
+        """Cross-entropies of the value (..., bins) to the returns (...) and to the slow value (...), (...)."""
+        return two_hot_loss(logits, [returns, slow_value], self.bins)
+
+    def prediction_step(self, world_model: WorldModel, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reward, continuation and slow value of features (..., D + C·K), each (...)."""
+        reward, cont, slow = apply_heads([world_model.reward, world_model.cont, self.slow_value], features)
+        return world_model.predict_reward(reward), th.sigmoid(cont.squeeze(-1)), two_hot_mean(slow, self.bins)
 
     def _replay_value_loss(
         self, batch: Batch, states: States, bootstrap: Tensor, slow_value: Tensor, gamma: float, return_lambda: float
@@ -163,9 +186,7 @@ class ActorCritic(nn.Module):
     @th.no_grad()
     def update_slow_value(self) -> None:
         """Moving average of the value's parameters; call it after the optimiser step."""
-        th._foreach_lerp_(
-            list(self.slow_value.parameters()), list(self.value.parameters()), self.config.slow_value_rate
-        )
+        th._foreach_lerp_(list(self.slow_value.parameters()), list(self.value.parameters()), self.config.slow_value_rate)
 
 
 def imagined_returns(reward: Tensor, cont: Tensor, value: Tensor, return_lambda: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sb3_dreamer_gpld.actor_critic import ImaginationDraws
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
+from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
 from sb3_dreamer_gpld.gpld import penalty_weight
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.rssm import States
@@ -99,7 +100,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: DreamerPolicy
-    replay_buffer: SequenceReplayBuffer | None  # type: ignore[assignment]
+    replay_buffer: SequenceReplayBuffer | None
 
     def __init__(
         self,
@@ -199,7 +200,10 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space, self.action_space, self.lr_schedule, **{"model_size": self.model_size, **self.policy_kwargs}
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            **{"model_size": self.model_size, **self.policy_kwargs},
         )
         self.policy = self.policy.to(self.device)
         rows = self.policy.config.stoch
@@ -212,15 +216,15 @@ class DreamerGPLD(OffPolicyAlgorithm):
 
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
-            self.replay_buffer_class = SequenceReplayBuffer  # type: ignore[assignment]
-        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):  # type: ignore[arg-type]
+            self.replay_buffer_class = SequenceReplayBuffer
+        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):
             raise ValueError(
-                f"replay_buffer_class must be SequenceReplayBuffer or a subclass of it, not {self.replay_buffer_class.__name__}: "
-                "DreamerGPLD learns from sequences"
+                "replay_buffer_class must be SequenceReplayBuffer or a subclass of it, since DreamerGPLD learns from "
+                f"sequences, not {self.replay_buffer_class.__name__}"
             )
         if self.replay_buffer is None:
             config = self.policy.config
-            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
+            self.replay_buffer = self.replay_buffer_class(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -313,7 +317,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         replay_buffer.stage(
             self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-2).cpu().numpy()
         )
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)  # type: ignore[arg-type]
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
 
     def _check_finite(
@@ -370,6 +374,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         self._check_finite(self._last_obs)
@@ -380,7 +385,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 action_noise=self.action_noise,
                 callback=callback,
                 learning_starts=self.learning_starts,
-                replay_buffer=self.replay_buffer,  # type: ignore[arg-type]
+                replay_buffer=self.replay_buffer,
                 log_interval=log_interval,
             )
             if not rollout.continue_training:
@@ -390,6 +395,20 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
         callback.on_training_end()
         return self
+
+    def _compile_if_it_pays(self, steps: int) -> None:
+        """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""
+        if self.compile == "auto":
+            per_step = self.train_ratio / (self.batch_size * self.batch_length)
+            if self.gradient_steps is not None:
+                per_step = self.gradient_steps if self.gradient_steps > 0 else 1.0
+            wanted = steps * per_step >= AUTO_COMPILE_UPDATES
+        else:
+            wanted = bool(self.compile)
+        if wanted and not is_compiled(self.policy):
+            if self.verbose >= 1:
+                print("Compiling the update: the first one takes a minute or two (compile=False turns this off)")
+            compile_steps(self.policy)
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
@@ -443,7 +462,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
         """
         warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
         update_learning_rate(self.policy.optimizer, warmup * self.lr_schedule(self._current_progress_remaining))
-        result = self.loss(batch, world_draws, imagination_draws)
+        dtype = resolve_precision(self.precision, self.device)
+        with th.autocast(self.device.type, dtype, enabled=dtype != th.float32):
+            result = self.loss(batch, world_draws, imagination_draws)
         self.policy.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         norms = th._foreach_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
@@ -520,6 +541,3 @@ class DreamerGPLD(OffPolicyAlgorithm):
 def mean(loss: Tensor) -> Tensor:
     """Mean over all entries; 0 for an empty tensor (windows of a single step have no transition)."""
     return loss.sum() / max(1, loss.numel())
-
-
-

@@ -28,6 +28,11 @@ def initialize_(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
         weight.mul_(scale * 1.1368 / math.sqrt(fan_in))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it has half precision, else as it is."""
+    return x.float() if x.dtype in (th.bfloat16, th.float16) else x
+
+
 def rms_norm_silu(z: Tensor, scale: Tensor, dims: tuple[int, ...] = (-1,)) -> Tensor:
     """SiLU of the RMS-normalised ``z``, in float32 at least.
 
@@ -36,8 +41,9 @@ def rms_norm_silu(z: Tensor, scale: Tensor, dims: tuple[int, ...] = (-1,)) -> Te
     :param dims: dimensions that are normalised together
     :return: same shape and dtype as ``z``
     """
-    x = z.float() if z.dtype in (th.bfloat16, th.float16) else z
-    x = x * (th.rsqrt(x.square().mean(dims, keepdim=True) + NORM_EPS) * scale)
+    x = at_least_float32(z)
+    square = (x * x).sum(dims, keepdim=True) * (scale.numel() ** -1)
+    x = x * (th.rsqrt(square + NORM_EPS) * scale)
     return F.silu(x).to(z.dtype)
 
 
@@ -61,9 +67,11 @@ class MultiLinear(nn.Module):
     :param scale: of the initial weights
     """
 
+    parts: list[Linear]
+
     def __init__(self, inputs: int, outputs: Sequence[int], scale: float = 1.0) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Linear(inputs, size, scale) for size in outputs)
+        self.parts = nn.ModuleList(Linear(inputs, size, scale) for size in outputs)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """:return: outputs side by side, (..., Σ outputs)"""
@@ -129,6 +137,11 @@ class NormedLinear(nn.Module):
         return Layer(self.linear.weight, self.linear.bias, self.norm.weight, NORM_EPS)
 
 
+def normed_layers(sizes: Sequence[int]) -> nn.ModuleList:
+    """NormedLinear layers from each size to the next."""
+    return nn.ModuleList(NormedLinear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+
 class Head(nn.Module):
     """A multi-layer perceptron with a last linear.
 
@@ -138,24 +151,25 @@ class Head(nn.Module):
     :param scale: of the initial weights of the last linear
     """
 
+    layers: list[NormedLinear]
+
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: Sequence[int], scale: float = 1.0) -> None:
         super().__init__()
-        sizes = [inputs, *hidden]
-        self.layers = nn.ModuleList(NormedLinear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-        self.output = MultiLinear(sizes[-1], outputs, scale)
+        self.layers = normed_layers([inputs, *hidden])  # type: ignore[assignment]
+        self.output = MultiLinear([inputs, *hidden][-1], outputs, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """:return: (..., Σ outputs)"""
         for layer in self.layers:
             x = layer(x)
-        return self.output(x)
+        return at_least_float32(self.output(x))
 
     def from_first(self, z: Tensor) -> Tensor:
         """The same from the first layer's pre-activation (..., hidden[0])."""
         x = self.layers[0].norm(z)
         for layer in self.layers[1:]:
             x = layer(x)
-        return self.output(x)
+        return at_least_float32(self.output(x))
 
 
 def apply_heads(heads: Sequence[Head], x: Tensor) -> list[Tensor]:
@@ -199,17 +213,20 @@ def vector_targets(
     return targets
 
 
-def image_targets(keys: Sequence[ImageKey], observations: Mapping[str, Tensor], dtype: th.dtype) -> Tensor:
+def image_targets(
+    keys: Sequence[ImageKey], observations: Mapping[str, Tensor], batch: Sequence[int], dtype: th.dtype
+) -> Tensor:
     """Images of one size side by side as channels, in [0, 1].
 
     :param keys: images of equal height and width
-    :param observations: (..., *shape) each
+    :param observations: (*batch, *shape) each
+    :param batch: batch dimensions
     :param dtype: of the result
-    :return: (..., height, width, Σ channels)
+    :return: (*batch, height, width, Σ channels)
     """
     parts = []
     for key in keys:
-        x = observations[key.name].to(dtype) / key.scale
+        x = observations[key.name].reshape(*batch, *observations[key.name].shape[-3:]).to(dtype) / key.scale
         parts.append(x.movedim(-3, -1) if key.channels_first else x)
     return th.cat(parts, -1)
 
@@ -286,7 +303,7 @@ class ImageDecoder(nn.Module):
         x = self.grid_norm(x)
         for layer, norm in zip(self.convs, self.norms, strict=True):
             x = norm(self._upsample(x, layer))
-        return th.sigmoid(self._upsample(x, self.image)[:, : self.height, : self.width])
+        return th.sigmoid(at_least_float32(self._upsample(x, self.image))[:, : self.height, : self.width])
 
     @staticmethod
     def _upsample(x: Tensor, layer: nn.Module) -> Tensor:
@@ -320,7 +337,7 @@ class Encoder(nn.Module):
         self.spec = spec
         units = config.encoder_units or config.units
         sizes = [spec.vector_size, *[units] * config.encoder_layers] if spec.vectors else [0]
-        self.layers = nn.ModuleList(NormedLinear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = normed_layers(sizes)
         self.images = nn.ModuleList(
             ImageEncoder(sum(key.channels for key in keys), *size, config) for size, keys in spec.image_groups.items()
         )

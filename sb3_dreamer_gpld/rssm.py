@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
-from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, rms_norm_silu
+from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
 
 
 class States(NamedTuple):
@@ -172,7 +172,7 @@ class RSSM(nn.Module):
 
     def _rows(self, x: Tensor) -> Tensor:
         """(..., C·K) → (..., C, K)"""
-        return x.unflatten(-1, (self.config.classes, self.config.stoch))
+        return at_least_float32(x).unflatten(-1, (self.config.classes, self.config.stoch))
 
     def _core_weights(self) -> tuple[Tensor, Tensor]:
         """The core's weight split by what it multiplies: the block's own slice of deter, and the shared inputs.
@@ -208,7 +208,7 @@ class RSSM(nn.Module):
         x = th.baddbmm(x, own, weights[0])
         x = rms_norm_silu(x, self.core_norm.weight.view(blocks, 1, -1), (0, 2))
         gates = th.baddbmm(self.gates.block_bias, x, self.gates.weight)  # (G, N, 3·D/G)
-        reset, candidate, update = gates.chunk(3, -1)
+        reset, candidate, update = at_least_float32(gates).chunk(3, -1)
         # tanh by way of the sigmoid, whose vectorised kernel is three times faster
         candidate = 2.0 * th.sigmoid(2.0 * th.sigmoid(reset) * candidate) - 1.0
         own = th.lerp(own, candidate, th.sigmoid(update - 1.0))  # (G, N, D/G)

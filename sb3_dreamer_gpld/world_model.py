@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.distributions import categorical_kl, two_hot_bins, two_hot_loss, two_hot_mean
 from sb3_dreamer_gpld.gpld import rademacher, row_penalty
-from sb3_dreamer_gpld.networks import Encoder, Head, ImageDecoder, apply_heads, image_targets, vector_targets
+from sb3_dreamer_gpld.networks import (
+    Encoder,
+    Head,
+    ImageDecoder,
+    apply_heads,
+    at_least_float32,
+    image_targets,
+    vector_targets,
+)
 from sb3_dreamer_gpld.rssm import RSSM, States
 
 
@@ -98,7 +106,7 @@ class WorldModel(nn.Module):
         :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image size
         """
         dtype = self.bins.dtype
-        images = [image_targets(keys, observations, dtype) for keys in self.spec.image_groups.values()]
+        images = [image_targets(keys, observations, batch, dtype) for keys in self.spec.image_groups.values()]
         return vector_targets(self.spec, observations, batch, dtype), images
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
@@ -166,47 +174,80 @@ class WorldModel(nn.Module):
         :param gamma: discount that the continue head learns
         :return: losses by name, each (B, T), and the posterior states
         """
-        config, size = self.config, batch.rewards.shape  # (B, T)
-        vectors, images = self.targets(batch.observations, size)
-        tokens = self.encoder(vectors, images)  # (B, T, E)
+        vectors, images, tokens = self.encode_targets(batch.observations, batch.rewards.shape)
         states = self.rssm.observe(tokens, batch.actions, batch.is_first, batch.deter, batch.stoch, draws.stoch)
-        losses = self._divergences(states)
+        losses = self.replay_losses(states, vectors, images, batch.rewards, batch.is_terminal, gamma)
+        if draws.states is not None:
+            losses.update(self.penalty_losses(states.deter, tokens, draws, bool(penalty.posterior), bool(penalty.prior)))
+        return losses, states
 
+    def encode_targets(
+        self, observations: Mapping[str, Tensor], batch: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """:meth:`targets` and the tokens (*batch, E) that the encoder makes of them."""
+        vectors, images = self.targets(observations, batch)
+        return vectors, images, self.encoder(vectors, images)
+
+    def replay_losses(
+        self,
+        states: States,
+        vectors: Sequence[Tensor],
+        images: Sequence[Tensor],
+        rewards: Tensor,
+        is_terminal: Tensor,
+        gamma: float,
+    ) -> dict[str, Tensor]:
+        """Divergences, reward, continue and reconstruction losses.
+
+        :param states: posterior states
+        :param vectors, images: :meth:`targets`
+        :param rewards, is_terminal: (B, T)
+        :param gamma: discount that the continue head learns
+        :return: by name, (B, T)
+        """
+        losses = self._divergences(states)
         features = states.features  # (B, T, D + C·K)
         heads = [self.reward, self.cont] + ([] if self.vector_decoder is None else [self.vector_decoder])
         reward, cont, *decoded = apply_heads(heads, features)
-        losses["reward"] = two_hot_loss(reward, [batch.rewards], self.bins)
-        cont_target = (1.0 - batch.is_terminal.to(features.dtype)) * gamma
+        losses["reward"] = two_hot_loss(reward, [rewards], self.bins)
+        cont_target = (1.0 - is_terminal.to(features.dtype)) * gamma
         losses["continue"] = F.binary_cross_entropy_with_logits(cont.squeeze(-1), cont_target, reduction="none")
         if decoded:
             for key, prediction, target in zip(self.spec.vectors, self._split_vectors(decoded[0]), vectors, strict=True):
                 losses[f"reconstruction/{key.name}"] = vector_loss(prediction, target, key.nvec)
-        groups = zip(
-            self.spec.image_groups.values(), self._decode_images(states.deter, states.stoch.flatten(-2)), images, strict=True
-        )
-        for keys, prediction, target in groups:
-            errors = (prediction - target).square().split([key.channels for key in keys], -1)
-            for key, error in zip(keys, errors, strict=True):
-                losses[f"reconstruction/{key.name}"] = error.sum((-3, -2, -1))
+        decoded_images = self._decode_images(states.deter, states.stoch.flatten(-2))
+        for group, prediction, target in zip(self.spec.image_groups.values(), decoded_images, images, strict=True):
+            errors = (prediction - target).square().split([image.channels for image in group], -1)
+            for image, error in zip(group, errors, strict=True):
+                losses[f"reconstruction/{image.name}"] = error.sum((-3, -2, -1))
+        return losses
 
-        if draws.states is not None:
-            inputs = {"posterior": th.cat([states.deter, tokens], -1), "prior": states.deter}
-            nets = {"posterior": self.rssm.posterior, "prior": self.rssm.prior}
-            probes = {"posterior": draws.posterior_probes, "prior": draws.prior_probes}
-            for name in (n for n in nets if getattr(penalty, n)):
-                at_states = row_penalty(
-                    [layer.as_layer() for layer in nets[name].layers],  # type: ignore[operator]
-                    (nets[name].output.parts[0].weight, nets[name].output.parts[0].bias),  # type: ignore[arg-type]
-                    inputs[name].flatten(0, 1)[draws.states],
-                    config.classes,
-                    config.unimix,
-                    probes[name],
-                    draws.rows,
+    def penalty_losses(
+        self, deter: Tensor, tokens: Tensor, draws: WorldModelDraws, posterior: bool, prior: bool
+    ) -> dict[str, Tensor]:
+        """GPLD penalties at the drawn states.
+
+        The other states count as zeros, as published: their mean, the loss, has the effective weight ρ·λ.
+
+        :param deter, tokens: (B, T, D), (B, T, E)
+        :param draws: random numbers
+        :param posterior, prior: which nets are penalised
+        :return: by name, (B, T)
+        """
+        assert draws.states is not None
+        losses = {}
+        posterior_inputs = th.cat([deter, tokens], -1)
+        for name, wanted, net, inputs, probes in (
+            ("posterior", posterior, self.rssm.posterior, posterior_inputs, draws.posterior_probes),
+            ("prior", prior, self.rssm.prior, deter, draws.prior_probes),
+        ):
+            if wanted:
+                at_states = head_penalty(
+                    net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, draws.rows
                 )  # (n,)
-                # The other states count as zeros in the mean, as published: the effective weight is ρ·λ.
-                zeros = at_states.new_zeros(batch.rewards.numel())
-                losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(size)
-        return losses, states
+                zeros = at_states.new_zeros(deter.shape[:2].numel())
+                losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
+        return losses
 
     def _divergences(self, states: States) -> dict[str, Tensor]:
         """KL losses, each summed over the rows, then clipped from below at the free nats."""
@@ -215,6 +256,23 @@ class WorldModel(nn.Module):
         dyn = categorical_kl(posterior.detach(), prior)
         rep = categorical_kl(posterior, prior.detach())
         return {"dyn": dyn.clamp_min(self.config.free_nats), "rep": rep.clamp_min(self.config.free_nats)}
+
+
+def head_penalty(
+    head: Head, inputs: Tensor, classes: int, unimix: float, probes: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """:func:`~sb3_dreamer_gpld.gpld.row_penalty` of the posterior or the prior net, in float32 at least, (n,)."""
+    output = head.output.parts[0]
+    with th.autocast(inputs.device.type, enabled=False):
+        return row_penalty(
+            [layer.as_layer() for layer in head.layers],
+            (output.weight, output.bias),
+            at_least_float32(inputs),
+            classes,
+            unimix,
+            probes,
+            rows,
+        )
 
 
 def vector_loss(prediction: Tensor, target: Tensor, nvec: tuple[int, ...] | None) -> Tensor:

@@ -15,6 +15,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -26,6 +27,7 @@ from sb3_dreamer_gpld.zoo_check import DM_CONTROL, check_entry, check_file, read
 
 if TYPE_CHECKING:
     import optuna
+    from rl_zoo3.exp_manager import ExperimentManager
 
 NAME = "dreamer_gpld"
 # Beside this file in an installed package, at the top of a checkout
@@ -66,15 +68,14 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
     )
 
 
-def convert_params(sampled: dict[str, Any]) -> dict[str, Any]:
+def convert_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """Turn what a trial stores into constructor arguments.
 
-    :param sampled: values by name; ``<name>_pow`` is an exponent of 2
+    :param sampled_params: values by name; ``<name>_pow`` is an exponent of 2
     :return: constructor arguments
     """
-    return {
-        name.removesuffix("_pow"): 2**value if name.endswith("_pow") else value for name, value in sampled.items()
-    }  # fmt: skip
+    powers = {name.removesuffix("_pow"): 2**value for name, value in sampled_params.items() if name.endswith("_pow")}
+    return {**powers, **{name: value for name, value in sampled_params.items() if not name.endswith("_pow")}}
 
 
 def register() -> None:
@@ -128,8 +129,9 @@ def _import_packages(packages: list[str]) -> None:
 
 
 def _register_dm_control() -> None:
-    # Not needed for other environments, so it may be missing
-    with contextlib.suppress(ImportError):
+    # Shimmy may be missing: other environments do not need it. GLFW warns where there is no display
+    with contextlib.suppress(ImportError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="glfw")
         import shimmy  # noqa: F401
 
 
@@ -154,7 +156,7 @@ def _prepare_environment(env_id: str, packages: list[str], rendering: bool) -> N
     if env_id not in gym.registry:
         if env_id.startswith(DM_CONTROL) and not _knows_dm_control():
             _fail('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"')
-        _fail(unknown("the environment", env_id, gym.registry) + " Environments of other packages need --gym-packages")
+        _fail(unknown("the environment", env_id, gym.registry) + " (those of other packages need --gym-packages)")
 
 
 def _knows_dm_control() -> bool:
@@ -177,6 +179,7 @@ def _parse(args: list[str], *names: str) -> argparse.Namespace:
         "conf_file": (["-conf", "--conf-file"], {}),
         "hyperparams": (["-params", "--hyperparams"], dict(nargs="+", action=StoreDict)),
         "trained_agent": (["-i", "--trained-agent"], {}),
+        "env_kwargs": (["--env-kwargs"], dict(nargs="+", action=StoreDict)),
         "exp_id": (["--exp-id"], dict(type=int, default=0)),
         "load_best": (["--load-best"], dict(action="store_true")),
         "load_checkpoint": (["--load-checkpoint"], dict(type=int)),
@@ -193,8 +196,8 @@ def _parse(args: list[str], *names: str) -> argparse.Namespace:
         parser.add_argument(*flags, dest=name, **settings)
     try:
         return parser.parse_known_args(args)[0]
-    except (SyntaxError, NameError) as error:
-        _fail(f"-params: {error}. Write name:value, the value in Python: train_ratio:64 model_size:\"'1m'\"")
+    except Exception as error:  # whatever the values do: rl_zoo3 evaluates them
+        _fail(f"{error}. -params and --env-kwargs take name:value, the value in Python: train_ratio:64 model_size:\"'1m'\"")
 
 
 def _take(args: list[str], flag: str, **settings: Any) -> tuple[Any, list[str]]:
@@ -250,11 +253,11 @@ def _choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:
     entries, problems = read_yaml(file)
     if problems:
         _fail("\n".join(problems))
-    name = next(
-        (name for name in (env_id, "atari" if ExperimentManager.is_atari(env_id) else "default") if name in entries), None
-    )
+    is_atari = ExperimentManager.is_atari(env_id)
+    name = next((name for name in (env_id, "atari" if is_atari else "default") if name in entries), None)
     if name is None:
-        _fail(unknown(f"{file}: the entry", env_id, entries))
+        hint = ". For Atari games it can also be 'atari'" if is_atari else ""
+        _fail(unknown(f"{file}: the entry", env_id, entries) + hint)
     if not isinstance(entries[name], dict):
         _fail(f"{file}, {name}: an entry is a list of 'key: value' lines, not {entries[name]!r}")
     return name, dict(entries[name])
@@ -301,18 +304,18 @@ def _optimize(args: list[str]) -> None:
     if importlib.util.find_spec("pandas") is None:
         _fail("rl_zoo3 writes the report of a study with pandas: pip install pandas")
     before = script.ExperimentManager
-    script.ExperimentManager = _tolerant(before)
+    script.ExperimentManager = _tolerant(before)  # type: ignore[misc]
     try:
         _train([*args, "-optimize"], "optimize")
     finally:
-        script.ExperimentManager = before
+        script.ExperimentManager = before  # type: ignore[misc]
 
 
-def _tolerant(manager: type) -> type:
+def _tolerant(manager: type[ExperimentManager]) -> type[ExperimentManager]:
     """The ExperimentManager of rl_zoo3, but a trial that fails, for whatever reason, is pruned and the study goes on."""
     import optuna
 
-    class TolerantManager(manager):  # type: ignore[misc]
+    class TolerantManager(manager):  # type: ignore[misc, valid-type]
         last_error: Exception | None = None
 
         def objective(self, trial: optuna.Trial) -> float:
@@ -347,7 +350,7 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
     from huggingface_sb3 import EnvironmentName  # type: ignore[import-untyped]
     from rl_zoo3.utils import get_model_path
 
-    options = _parse(args, "folder", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint")
+    options = _parse(args, "folder", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint", "env_kwargs")
     _prepare_environment(options.env, options.gym_packages, rendering)
     algo, folder = options.algo or NAME, options.folder or "logs"
     try:
@@ -363,7 +366,12 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
             )
     except (AssertionError, ValueError) as error:
         _fail(f"{error}. Train an agent first, or name the folder of the runs with -f")
-    return [*args, "--algo", algo, "-f", folder], Path(run)
+    args = [*args, "--algo", algo, "-f", folder]
+    if rendering and options.env_kwargs is None and options.env.startswith(DM_CONTROL):
+        # The tasks' own cameras follow the robot, unlike the free one that Shimmy takes
+        camera = 2 if "/quadruped-" in options.env else 0
+        args += ["--env-kwargs", f"render_kwargs:dict(camera_id={camera})"]
+    return args, Path(run)
 
 
 def _enjoy(args: list[str]) -> None:
@@ -412,7 +420,7 @@ def _plot(args: list[str]) -> None:
     try:
         from sb3_dreamer_gpld import zoo_plot
     except ModuleNotFoundError as error:
-        _fail(f'plots need {error.name}: pip install "rl_zoo3[plots]"')
+        _fail(f'plots need {error.name}: pip install "sb3-dreamer-gpld[extra]"')
     with _arguments("plot", args):
         zoo_plot.main(NAME)
 

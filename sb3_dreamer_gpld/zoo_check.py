@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -33,6 +34,7 @@ _SET_ELSEWHERE = {
     "tensorboard_log": "--tensorboard-log on the command line",
     "action_noise": "noise_type and noise_std",
 }
+_NO_ENV: dict[str, Any] = {"policy": "MlpPolicy", "env": None}
 
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
@@ -95,14 +97,15 @@ def check_entry(entry: dict[str, Any]) -> list[str]:
     :param entry: keys and values, as rl_zoo3 reads them
     :return: what is wrong, each with the key
     """
-    problems, arguments = [], {}
+    problems: list[str] = []
+    arguments: dict[str, Any] = {}
     for key, value in entry.items():
         try:
             _check_key(key, value)
             if key not in _ZOO_KEYS:
                 arguments[key] = _evaluated(key, value)
-        except Exception as error:  # whatever the value did: it came from the file
-            problems.append(f"{key}: {error}{_number_hint(value)}")
+        except Exception as problem:  # whatever the value did: it came from the file
+            problems.append(f"{key}: {problem}{_number_hint(value)}")
     problems += [f"{key}: this key is missing" for key in ("n_timesteps", "policy") if key not in entry]
     if ("noise_type" in entry) != ("noise_std" in entry):
         problems.append("noise_type: noise_type and noise_std need each other")
@@ -129,7 +132,7 @@ def _check_key(key: str, value: Any) -> None:
 
 def _faults(arguments: dict[str, Any], pixels: bool) -> list[str]:
     """Try the arguments one by one, to say which of them are wrong."""
-    basis = {key: arguments[key] for key in ("policy", "model_size") if key in arguments}
+    basis: dict[str, Any] = {key: arguments[key] for key in ("policy", "model_size") if key in arguments}
     faults = []
     for key, value in arguments.items():
         parts = {key: value}
@@ -181,7 +184,8 @@ def _build_error(arguments: dict[str, Any], pixels: bool) -> Exception | None:
     :return: what went wrong
     """
     try:
-        model = DreamerGPLD(**{"policy": "MlpPolicy", "env": None, **arguments}, device="meta", _init_setup_model=False)
+        # Without an environment, as in load()
+        model = DreamerGPLD(**{**_NO_ENV, **arguments}, device="meta", _init_setup_model=False)
         model.observation_space, model.action_space, model.n_envs = _space(arguments, pixels), spaces.Box(-1, 1, (2,)), 1
         with th.device("meta"):
             model._setup_model()
@@ -235,10 +239,11 @@ def _check_classes(given_already: int) -> Callable[[Any], None]:
     """Check of wrappers and callbacks: a class, one with arguments, or a list of these."""
 
     def check(value: Any) -> None:
+        arguments: Any
         for item in value if isinstance(value, list) else [value]:
             if item is None and not isinstance(value, list):
                 continue
-            name, arguments = (item, {})
+            name, arguments = item, {}
             if isinstance(item, dict):
                 if len(item) != 1:
                     raise ValueError(f"{item!r} must be one class with its arguments below it, indented further")
@@ -295,15 +300,15 @@ def _check_policy(value: Any) -> None:
 
 
 def _learning_rate(value: Any) -> float:
-    """rl_zoo3 takes any text with an underscore for a linear schedule."""
-    kind, _, number = value.partition("_") if isinstance(value, str) else ("lin", "", value)
+    """Its first value. Other texts are refused: rl_zoo3 makes a linear decay of all that have an underscore."""
+    number = value
+    if isinstance(value, str) and value.startswith("lin_"):
+        with contextlib.suppress(ValueError):
+            number = float(value.removeprefix("lin_"))
     try:
-        number = float(number)
-    except (TypeError, ValueError):
-        kind = ""
-    if kind != "lin" or isinstance(value, bool):
-        raise ValueError(f"learning_rate must be a number, or 'lin_' and a number for a linear decay to 0, not {value!r}")
-    check_range("learning_rate", number, 0.0, float("inf"), low_open=True)
+        check_range("learning_rate", number, 0.0, float("inf"), low_open=True)
+    except ValueError:
+        raise ValueError(f"it must be a number above 0, or 'lin_' and one for a linear decay to 0, not {value!r}") from None
     return number
 
 

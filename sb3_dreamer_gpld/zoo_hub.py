@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import huggingface_sb3.push_to_hub as helpers  # type: ignore[import-untyped]
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
@@ -62,8 +62,9 @@ def push(run: Path, upload: bool) -> None:
     :param run: folder of the run
     :param upload: send the files to the hub; else they are only made
     """
+    helpers = importlib.import_module("huggingface_sb3.push_to_hub")  # as an attribute it is a function of the same name
     if not hasattr(helpers, "generate_metadata"):  # newer releases have it under another name, and return an object
-        helpers.generate_metadata = lambda *args: helpers._generate_metadata(*args).to_dict()
+        helpers.generate_metadata = lambda *args: helpers._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
     before = huggingface_hub.HfApi
     huggingface_hub.HfApi = _client(run, upload)  # type: ignore[misc]
     try:
@@ -88,7 +89,7 @@ def _client(run: Path, upload: bool) -> type[HfApi]:
             Path(local_dir).mkdir(parents=True, exist_ok=True)
             return str(local_dir)
 
-        def upload_folder(self, *, repo_id: str, folder_path: str | Path, **kwargs: Any) -> Any:  # type: ignore[override]
+        def upload_folder(self, *, repo_id: str, folder_path: str | Path, **kwargs: Any) -> Any:
             write_model_card(Path(folder_path), run, repo_id)
             if not upload:
                 raise _NotUploaded(folder_path)
@@ -103,7 +104,7 @@ def _ffmpeg() -> Iterator[None]:
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory() as folder:
         if shutil.which("ffmpeg") is None and importlib.util.find_spec("imageio_ffmpeg"):
-            import imageio_ffmpeg
+            import imageio_ffmpeg  # type: ignore[import-untyped]
 
             (Path(folder) / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
             os.environ["PATH"] = os.pathsep.join([folder, path])

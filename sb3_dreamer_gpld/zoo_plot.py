@@ -1,28 +1,50 @@
-"""Draws the evaluations of runs as PNG with rl_zoo3's plots: a curve for each task, and the aggregate over dm_control."""
+"""Draws the evaluations of runs as PNG: a learning curve for each task, and the aggregate over the dm_control tasks.
+
+Aggregates and intervals are those that Agarwal et al. recommend (NeurIPS 2021, "Deep Reinforcement Learning at the Edge of
+the Statistical Precipice"): interquartile means, and percentiles of a bootstrap stratified by task.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import pickle
 import re
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from rl_zoo3.plots import all_plots, plot_from_file  # noqa: E402
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Returns of dm_control's tasks lie between 0 and this
-_LARGEST_RETURN = 1000.0
+LARGEST_RETURN = 1000.0
+_DM_CONTROL = "dm_control-"
+
+
+class Run(NamedTuple):
+    """Evaluations of one run.
+
+    :param steps: the agent's steps before each, (E,)
+    :param returns: mean return of each, (E,)
+    """
+
+    steps: np.ndarray
+    returns: np.ndarray
+
+
+class Style(NamedTuple):
+    """How uncertain quantities are drawn.
+
+    :param size: size of the intervals, between 0 and 1
+    :param reps: bootstrap samples
+    """
+
+    size: float
+    reps: int
+
+
+Runs = dict[str, dict[str, list[Run]]]  # by task and label
 
 
 def main(name: str) -> None:
@@ -33,9 +55,9 @@ def main(name: str) -> None:
     """
     parser = argparse.ArgumentParser(
         prog=sys.argv[0],
-        description="Draw the returns that train --eval-freq logged: mean over the seeds and its standard error for each "
-        "task, and for the dm_control tasks together, with returns divided by 1000, rliable's aggregates and their stratified "
-        "bootstrap intervals. Other options are those of rl_zoo3's all_plots, such as -max and --no-million.",
+        description="Draw the returns that train --eval-freq logged: for each task the mean over the seeds, and for the "
+        "dm_control tasks together aggregates of the returns divided by 1000. The bands and bars are intervals of a bootstrap "
+        "over the seeds, stratified by task.",
     )
     parser.add_argument("-f", "--exp-folders", nargs="+", default=["logs"], help="folders of runs to compare (default: logs)")
     parser.add_argument("-l", "--labels", nargs="+", help="a label for each folder")
@@ -43,78 +65,156 @@ def main(name: str) -> None:
     parser.add_argument("-e", "--env", nargs="+", help="environments (default: all that were evaluated)")
     parser.add_argument("-o", "--output", default="plots", help="folder for the pictures (default: plots)")
     parser.add_argument("-ci", "--ci-size", type=float, default=0.95, help="size of the intervals (default: 0.95)")
-    options, rest = parser.parse_known_args(sys.argv[1:])
+    parser.add_argument("--reps", type=int, default=2000, help="bootstrap samples (default: 2000)")
+    options = parser.parse_args()
     if options.labels and len(options.labels) != len(options.exp_folders):
         parser.error(f"{len(options.exp_folders)} folders need as many labels, not {len(options.labels)}")
-    labels = options.labels or options.exp_folders
-    tasks = [env.replace("/", "-") for env in options.env or ()] or _find_tasks(options.exp_folders, options.algos)
+    if not 0 < options.ci_size < 1:
+        parser.error(f"--ci-size must be between 0 and 1, not {options.ci_size}")
+
+    runs = read_runs(options.exp_folders, options.labels or options.exp_folders, options.algos)
+    wanted = [env.replace("/", "-") for env in options.env or ()]
+    if not set(wanted) <= set(runs) or not runs:
+        missing = ", ".join(sorted(set(wanted) - set(runs))) or "any environment"
+        raise SystemExit(
+            f"{sys.argv[0]}: no evaluated run of {missing} in {', '.join(options.exp_folders)} (it has: "
+            f"{', '.join(sorted(runs)) or 'none'}). Train with --eval-freq, or name other folders with -f"
+        )
+    runs = {task: runs[task] for task in wanted or sorted(runs)}
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-
-    arguments = ["-a", *options.algos, "-e", *tasks, "-f", *options.exp_folders, "-l", *labels]
-    arguments += ["-o", str(output / "results"), "--no-display", *rest]
-    _draw(all_plots, arguments, [output / f"{task}.png" for task in tasks])
-    curves = pickle.loads((output / "results.pkl").read_bytes())  # made just now
-    if not any(curves[task] for task in tasks):
-        raise SystemExit(
-            f"{sys.argv[0]}: no run of {', '.join(options.algos)} in {', '.join(options.exp_folders)} has two or more evaluations"
-        )
-    _aggregate(curves, labels if len(options.algos) == 1 else None, options.ci_size, output)
+    style = Style(options.ci_size, options.reps)
+    for task, by_label in runs.items():
+        _draw_task(task, by_label, style, output / f"{task}.png")
+    _draw_aggregate(runs, style, output / "aggregate.png")
 
 
-def _find_tasks(folders: list[str], algos: list[str]) -> list[str]:
-    """Names of the environments of all runs that were evaluated, as they are in the names of folders.
-
-    :raises SystemExit: there is none
+def read_runs(folders: list[str], labels: list[str], algos: list[str]) -> Runs:
     """
-    files = [file for folder in folders for algo in algos for file in Path(folder, algo).glob("*_*/evaluations.npz")]
-    tasks = {re.sub(r"_\d+(_[0-9a-f-]{36})?$", "", file.parent.name) for file in files}
-    if not tasks:
-        places = ", ".join(os.path.join(folder, algo) for folder in folders for algo in algos)
-        raise SystemExit(
-            f"{sys.argv[0]}: no run in {places} was evaluated: train with --eval-freq, or give other folders with -f"
-        )
-    return sorted(tasks)
-
-
-def _draw(function: Callable[[], None], arguments: list[str], files: Iterable[Path]) -> None:
-    """Run a script of rl_zoo3 and save its first figures."""
-    sys.argv = [sys.argv[0], *arguments]
-    plt.close("all")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
-        function()
-    for number, file in zip(plt.get_fignums(), files, strict=False):
-        plt.figure(number).savefig(file, dpi=150, bbox_inches="tight")
-        print(f"Saved {file}")
-    plt.close("all")
-
-
-def _aggregate(curves: dict[str, Any], labels: list[str] | None, interval: float, output: Path) -> None:
-    """Draw the aggregates over the dm_control tasks that all labels have.
-
-    :param curves: what rl_zoo3 made of the runs, by task and label
-    :param labels: the labels as the user gave them
-    :param interval: size of the intervals
-    :param output: folder for the pictures
+    :param folders: log folders of rl_zoo3
+    :param labels: a label for each
+    :param algos: algorithms; their names become part of the labels if there are several
+    :return: the evaluations of all runs
     """
-    names = {name for task in curves if task != "results_table" for name in curves[task]}
-    tasks = [task for task in curves if task.startswith("dm_control-") and set(curves[task]) == names]
+    runs: Runs = {}
+    for folder, label in zip(folders, labels, strict=True):
+        for algo in algos:
+            name = f"{label} {algo}" if len(algos) > 1 else label
+            for file in sorted(Path(folder, algo).glob("*_*/evaluations.npz")):
+                # <environment>_<number of the run>, and the unique name that --uuid adds
+                task = re.sub(r"_\d+(_[0-9a-f-]{36})?$", "", file.parent.name)
+                log = np.load(file)
+                run = Run(log["timesteps"], log["results"].reshape(len(log["timesteps"]), -1).mean(1))
+                runs.setdefault(task, {}).setdefault(name, []).append(run)
+    return runs
+
+
+def _common_steps(runs: list[Run]) -> np.ndarray:
+    """Steps at which the runs can be compared: those of the run with the fewest evaluations, as far as all runs go."""
+    first, last = max(steps[0] for steps, _ in runs), min(steps[-1] for steps, _ in runs)
+    if last < max(steps[-1] for steps, _ in runs):
+        print(f"Drawn up to {last:,} steps, where the shortest run ends")
+    steps = min((steps for steps, _ in runs), key=len)
+    inside = steps[(steps >= first) & (steps <= last)]
+    return inside if len(inside) else np.array([last])
+
+
+def _at(steps: np.ndarray, runs: list[Run]) -> np.ndarray:
+    """Returns of the runs at the given steps, in between two evaluations on the line through them, (runs, steps)."""
+    return np.stack([np.interp(steps, *run) for run in runs])
+
+
+# --------------------------------------------------------------------------------------- statistics, (seeds, tasks, steps)
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over seeds and tasks, (steps,)."""
+    return scores.mean((0, 1))
+
+
+def median(scores: np.ndarray) -> np.ndarray:
+    """Median over tasks of the mean over seeds, (steps,)."""
+    return np.median(scores.mean(0), 0)
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of all scores, (steps,)."""
+    ordered = np.sort(scores.reshape(-1, scores.shape[-1]), 0)
+    cut = len(ordered) // 4
+    return ordered[cut : len(ordered) - cut].mean(0)
+
+
+def optimality_gap(scores: np.ndarray) -> np.ndarray:
+    """Mean distance to a score of 1, (steps,); less is better."""
+    return 1 - np.minimum(scores, 1).mean((0, 1))
+
+
+def interval(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], style: Style) -> np.ndarray:
+    """Interval of a statistic, from seeds drawn with replacement for each task by itself, (2, steps)."""
+    generator, tasks = np.random.default_rng(0), np.arange(scores.shape[1])
+    draws = (generator.integers(len(scores), size=scores.shape[:2]) for _ in range(style.reps))
+    samples = [statistic(scores[seeds, tasks]) for seeds in draws]
+    return np.percentile(samples, [50 * (1 - style.size), 50 * (1 + style.size)], axis=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _draw_curves(
+    axes: Axes, steps: np.ndarray, scores: dict[str, np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], style: Style
+) -> None:
+    for label, score in scores.items():
+        seeds = f"{len(score)} seed{'s' if len(score) > 1 else ''}"
+        axes.plot(steps, statistic(score), label=f"{label} ({seeds})", marker=".")
+        axes.fill_between(steps, *interval(score, statistic, style), alpha=0.25)
+    axes.set_xlabel("agent steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_task(task: str, by_label: dict[str, list[Run]], style: Style, file: Path) -> None:
+    steps = _common_steps([run for runs in by_label.values() for run in runs])
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _draw_curves(axes, steps, {label: _at(steps, runs)[:, None] for label, runs in by_label.items()}, mean, style)
+    axes.set_title(task)
+    axes.set_ylabel("return, mean over seeds")
+    _save(figure, file)
+
+
+def _draw_aggregate(runs: Runs, style: Style, file: Path) -> None:
+    """Interquartile mean of the normalised returns over tasks and seeds, and four aggregates at the end."""
+    labels = list(dict.fromkeys(label for by_label in runs.values() for label in by_label))
+    tasks = [task for task in runs if task.startswith(_DM_CONTROL) and set(runs[task]) == set(labels)]
     if not tasks:
         print("No aggregate: there is no dm_control task with runs under every label")
         return
-    evaluations = min(len(curves[task][name]["mean_per_eval"]) for task in tasks for name in names)
-    for curve in (curves[task][name] for task in tasks for name in names):
-        returns = np.asarray(curve["mean_per_eval"]) / _LARGEST_RETURN  # (evaluations, seeds)
-        # rl_zoo3 averages over the seeds here if there is only one, or only one episode
-        curve["last_evals"] = returns[-1]
-        curve["mean_per_eval"] = returns[:evaluations]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "normalized.pkl"
-        file.write_bytes(pickle.dumps({"results_table": curves["results_table"], **{task: curves[task] for task in tasks}}))
-        arguments = ["-i", str(file), "--skip-timesteps", "--rliable", "-iqm", "-ci", str(interval)]
-        arguments += ["-l", *labels] if labels else []
-        files = [output / f"{name}.png" for name in ("aggregate", "performance_profile", "sample_efficiency")]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not found for normalizing scores")  # normalised here
-            _draw(plot_from_file, arguments, files)
+    steps = _common_steps([run for task in tasks for label in labels for run in runs[task][label]])
+    scores = {}
+    for label in labels:
+        seeds = min(len(runs[task][label]) for task in tasks)  # as many as every task has
+        scores[label] = np.stack([_at(steps, runs[task][label][:seeds]) for task in tasks], 1) / LARGEST_RETURN
+
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, *rest = figure.subplots(1, 5, width_ratios=[2.6, 1, 1, 1, 1])
+    _draw_curves(left, steps, scores, interquartile_mean, style)
+    left.set_title(f"{len(tasks)} dm_control task{'s' if len(tasks) > 1 else ''}")
+    left.set_ylabel("return / 1000, interquartile mean")
+    for number, (axes, statistic) in enumerate(zip(rest, (median, interquartile_mean, mean, optimality_gap), strict=True)):
+        for row, label in enumerate(labels):
+            last = scores[label][..., -1:]
+            low, high = interval(last, statistic, style)[:, 0]
+            axes.barh(row, high - low, left=low, height=0.5, alpha=0.5, color=f"C{row}")
+            axes.vlines(statistic(last)[0], row - 0.25, row + 0.25, color="k")
+        axes.use_sticky_edges = False  # so that a bar does not begin at the frame
+        axes.set_yticks(range(len(labels)), labels if number == 0 else [""] * len(labels))
+        axes.invert_yaxis()
+        axes.set_title(statistic.__name__.replace("_", " "))
+        axes.set_xlabel(f"at {steps[-1]:,} steps")
+        axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    figure.savefig(file, dpi=150)
+    print(f"Saved {file}")

@@ -152,9 +152,9 @@ def test_terminal_states(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert continues[1] > 0.8 if broken else continues[1] < 0.3
 
 
-def store_ends_as_time_limits(self: DreamerGPLD, replay_buffer: Any, action: Any, obs: Any, reward: Any, dones: Any, infos: Any) -> None:
-    infos = [{**info, "TimeLimit.truncated": True} for info in infos]
-    ORIGINAL_STORE(self, replay_buffer, action, obs, reward, dones, infos)
+def store_ends_as_time_limits(self: DreamerGPLD, *args: Any) -> None:
+    *others, infos = args
+    ORIGINAL_STORE(self, *others, [{**info, "TimeLimit.truncated": True} for info in infos])
 
 
 ORIGINAL_STORE = DreamerGPLD._store_transition

@@ -165,12 +165,8 @@ class Recording:
             blocks=self["param/dyn/dyngru/kernel"].shape[0],
             units=self["param/rew/mlp/linear0/kernel"].shape[1],
             bins=self["param/rew/head/logits/kernel"].shape[1],
-            policy_arch=tuple(
-                self[f"param/pol/mlp/linear{i}/kernel"].shape[1] for i in range(self.layers("pol/mlp/linear"))
-            ),
-            value_arch=tuple(
-                self[f"param/val/mlp/linear{i}/kernel"].shape[1] for i in range(self.layers("val/mlp/linear"))
-            ),
+            policy_arch=tuple(self[f"param/pol/mlp/linear{i}/kernel"].shape[1] for i in range(self.layers("pol/mlp/linear"))),
+            value_arch=tuple(self[f"param/val/mlp/linear{i}/kernel"].shape[1] for i in range(self.layers("val/mlp/linear"))),
             posterior_layers=self.layers("dyn/obs"),
             prior_layers=self.layers("dyn/prior"),
             reward_layers=self.layers("rew/mlp/linear"),

@@ -1,0 +1,451 @@
+"""DreamerGPLD as an SB3 user meets it: spaces, predict, callbacks, saving, and wrong input."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+
+TINY: dict[str, Any] = dict(
+    model_size="debug",
+    batch_size=4,
+    batch_length=8,
+    learning_starts=32,
+    train_ratio=4,
+    imagination_horizon=3,
+    buffer_size=2000,
+    device="cpu",
+    seed=0,
+)
+
+
+class RandomSpaces(gym.Env):
+    """Random observations; the episode is cut after ten steps, or ends for good after seven."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, terminates: bool = False) -> None:
+        self.observation_space, self.action_space, self.terminates = observation_space, action_space, terminates
+        self.actions: list[Any] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.actions.append(action)
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.terminates and self.steps == 7, self.steps == 10, {}
+
+
+def policy_for(space: spaces.Space) -> str:
+    return "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+
+
+def tiny(env: Any, policy: str | None = None, **kwargs: Any) -> DreamerGPLD:
+    if policy is None:
+        policy = "MlpPolicy" if isinstance(env, str) else policy_for(env.observation_space)
+    return DreamerGPLD(policy, env, **{**TINY, **kwargs})
+
+
+BOX = spaces.Box(-1.0, 1.0, (3,))
+OBSERVATIONS = {
+    "0-d": spaces.Dict({"height": spaces.Box(-np.inf, np.inf, (), np.float64), "x": BOX}),
+    "2-d": spaces.Box(-1.0, 1.0, (8, 2), np.float64),
+    "huge bounds": spaces.Box(-1e10, 1e10, (2,), np.float64),
+    "discrete": spaces.Discrete(500),
+    "discrete start": spaces.Discrete(5, start=3),
+    "multi-discrete": spaces.MultiDiscrete([3, 5]),
+    "multi-binary": spaces.MultiBinary((3, 2)),
+    "image hwc": spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    "image chw": spaces.Box(0, 255, (1, 16, 20), np.uint8),
+    "mixed": spaces.Dict(
+        {"b": spaces.Discrete(4), "a": spaces.MultiBinary(3), "image": spaces.Box(0, 255, (3, 16, 16), np.uint8), "x": BOX}
+    ),
+    "two image sizes": spaces.Dict(
+        {"near": spaces.Box(0, 255, (3, 16, 16), np.uint8), "far": spaces.Box(0, 255, (1, 32, 20), np.uint8)}
+    ),
+}
+ACTIONS = {
+    "box": spaces.Box(np.array([-1.0, -1.0, -0.8]), np.array([1.0, 1.1, 0.8]), dtype=np.float64),
+    "box float32": spaces.Box(-2.0, 2.0, (1,)),
+    "discrete": spaces.Discrete(3),
+    "discrete start": spaces.Discrete(3, start=-1),
+    "multi-discrete": spaces.MultiDiscrete([3, 2]),
+    "multi-binary": spaces.MultiBinary(4),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_observation_spaces(name: str, tmp_path: Path) -> None:
+    env = RandomSpaces(OBSERVATIONS[name], BOX)
+    check_trains_and_loads(tiny(env), tmp_path)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_action_spaces(name: str, tmp_path: Path) -> None:
+    env = RandomSpaces(BOX, ACTIONS[name])
+    check_trains_and_loads(tiny(env), tmp_path)
+
+
+def check_trains_and_loads(model: DreamerGPLD, folder: Path) -> None:
+    """Trains a little, saves, loads, and predicts the same."""
+    before = th.cat([p.detach().flatten().clone() for p in model.policy.world_model.parameters()])
+    model.learn(60)
+    after = th.cat([p.detach().flatten() for p in model.policy.world_model.parameters()])
+    assert model._n_updates >= 3 and th.isfinite(after).all() and not th.equal(before, after)
+    model.save(folder / "model")
+    loaded = DreamerGPLD.load(folder / "model", device="cpu")
+    env = model.get_env()
+    assert env is not None
+    observation = env.reset()
+    expected, _ = model.predict(observation, deterministic=True)
+    actual, _ = loaded.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(actual, expected)
+    assert actual.dtype == env.action_space.dtype and env.action_space.contains(actual[0])
+
+
+def test_normalised_float_images() -> None:
+    env = RandomSpaces(spaces.Box(0.0, 1.0, (3, 20, 20)), BOX)
+    model = tiny(env, "CnnPolicy", policy_kwargs=dict(normalize_images=False)).learn(50)
+    assert model.policy.observation_spec.images[0].scale == 1.0 and model._n_updates > 0
+
+
+# --------------------------------------------------------------------------------------------- collecting
+
+
+def test_the_state_follows_every_step_with_the_action_taken() -> None:
+    """The stored latents are those that the policy gets by replaying the episode with the stored actions."""
+    model = tiny(RandomSpaces(BOX, BOX), action_noise=NormalActionNoise(np.zeros(3), np.full(3, 0.5)), learning_starts=1000)
+    th.manual_seed(3)
+    model.learn(9)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    world_model = model.policy.world_model
+    observations = th.as_tensor(buffer.observations[:9, 0]).unsqueeze(0)  # (1, 9, 3)
+    actions = th.as_tensor(buffer.actions[:9, 0]).unsqueeze(0)  # (1, 9, A)
+    previous = th.cat([th.zeros(1, 1, 3), actions[:, :-1]], 1)
+    # Replay with noise that picks the stored classes: recompute step by step.
+    deter, stoch = world_model.rssm.initial(1)
+    is_first = th.zeros(1, 1, dtype=th.bool)
+    with th.no_grad():
+        for t in range(9):
+            tokens = world_model.encode({"": observations[:, t : t + 1]}, (1, 1))
+            states = world_model.rssm.observe(tokens, previous[:, t : t + 1], is_first, deter, stoch, None)
+            np.testing.assert_allclose(states.deter[0, 0].numpy(), buffer.deter[t, 0], atol=1e-5)
+            classes = th.arange(4).unsqueeze(-1)
+            stoch = (th.as_tensor(buffer.stoch[t, 0].astype(int)) == classes).float().unsqueeze(0)
+            deter = states.deter[:, 0]
+
+
+def test_buffer_rows_of_terminal_and_truncated_episodes() -> None:
+    for terminates, steps in ((True, 7), (False, 10)):
+        model = tiny(RandomSpaces(BOX, BOX, terminates), learning_starts=1000).learn(25)
+        buffer = model.replay_buffer
+        assert buffer is not None
+        assert buffer.dones[steps, 0] == 1 and buffer.timeouts[steps, 0] == (0 if terminates else 1)
+        assert buffer.is_first[0, 0] and buffer.is_first[steps + 1, 0] and buffer.is_first[:, 0].sum() == 25 // steps + 1
+        assert buffer.rewards[0, 0] == 0 and buffer.rewards[steps, 0] == 1
+
+
+def test_cuts_start_a_new_episode() -> None:
+    model = tiny(RandomSpaces(BOX, BOX), learning_starts=1000)
+    model.learn(4)
+    model.learn(3)  # resets the environment
+    model.set_env(RandomSpaces(BOX, BOX))
+    model.learn(3, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    firsts = np.flatnonzero(buffer.is_first[:, 0])
+    np.testing.assert_array_equal(firsts, [0, 5, 9])  # each cut has a closing row
+    assert buffer.dones[4, 0] == 1 and buffer.timeouts[4, 0] == 1
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_update_count_follows_the_train_ratio(n_envs: int) -> None:
+    env = make_vec_env(lambda: RandomSpaces(BOX, BOX), n_envs)
+    model = tiny(env, "MlpPolicy", train_ratio=10.0, learning_starts=40)
+    model.learn(400)
+    trained_steps = model._n_updates * 4 * 8 + model._update_credit
+    # Training starts with the first step at which 40 rows and a full window are there.
+    assert trained_steps % (10 * n_envs) == 0
+    assert (400 - 60 * n_envs) * 10 <= trained_steps <= 400 * 10
+    credit = model._update_credit
+    model.learn(30, reset_num_timesteps=False)
+    steps = -(-30 // n_envs) * n_envs
+    assert model._n_updates * 32 + model._update_credit == trained_steps + 10 * steps, credit
+
+
+def test_gradient_steps_overrule_the_train_ratio() -> None:
+    env = make_vec_env(lambda: RandomSpaces(BOX, BOX), 2)
+    model = tiny(env, "MlpPolicy", learning_starts=0, train_freq=3, gradient_steps=-1).learn(3)
+    assert model._n_updates == 6
+    assert tiny(env, "MlpPolicy", buffer_size=1, learning_starts=0, gradient_steps=1).learn(6)._n_updates > 0
+
+
+def test_latents_are_refreshed() -> None:
+    model = tiny(RandomSpaces(BOX, BOX), learning_starts=1000).learn(40)
+    assert model.replay_buffer is not None
+    before = model.replay_buffer.deter.copy()
+    model.train(3, 4)
+    assert (model.replay_buffer.deter[:40] != before[:40]).any()
+
+
+def test_vec_normalize_and_frame_stack() -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 2))
+    model = tiny(env, "MlpPolicy").learn(80)
+    assert model._n_updates > 0 and model.replay_buffer is not None
+    assert np.abs(model.replay_buffer.observations[:, :, 2]).max() > 1.5  # unnormalised velocities
+    assert tiny(VecFrameStack(make_vec_env("Pendulum-v1", 2), 3), "MlpPolicy").learn(80)._n_updates > 0
+
+
+def test_subprocesses() -> None:
+    env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv)
+    assert tiny(env, "MlpPolicy").learn(80)._n_updates > 0
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------ predict
+
+
+def test_predict_keeps_and_drops_the_state() -> None:
+    env = DummyVecEnv([lambda: RandomSpaces(BOX, BOX) for _ in range(3)])
+    model = tiny(env, "MlpPolicy").learn(60)
+    observation = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    start = np.array([True, False, False])
+    kept = start.copy()
+    _, fresh = model.predict(observation, deterministic=True)
+    _, second = model.predict(observation, fresh, deterministic=True)
+    assert fresh is not None and second is not None
+    _, mixed = model.predict(observation, fresh, start, deterministic=True)
+    assert mixed is not None
+    for a, b, c in zip(fresh, second, mixed, strict=True):
+        np.testing.assert_allclose(c[0], a[0], atol=1e-6)  # dropped: as if fresh
+        np.testing.assert_allclose(c[1:], b[1:], atol=1e-6)  # kept
+    assert not np.allclose(fresh[0], second[0])
+    np.testing.assert_array_equal(start, kept)
+    assert model.predict(observation[:1])[0].shape == (1, 3) and model.predict(observation[0])[0].shape == (3,)
+    with pytest.raises(ValueError, match="state belongs to 3 environments, but there are 1"):
+        model.predict(observation[:1], fresh)
+    with pytest.raises(ValueError, match="mixing Gym API"):
+        model.predict((observation, {}))
+
+
+def test_deterministic_predict_draws_nothing() -> None:
+    model = tiny("Pendulum-v1")
+    observation = np.zeros(3, dtype=np.float32)
+    generators = th.get_rng_state(), np.random.get_state()[1].copy()
+    actions = [model.predict(observation, deterministic=True)[0] for _ in range(2)]
+    np.testing.assert_array_equal(*actions)
+    assert th.equal(generators[0], th.get_rng_state()) and (generators[1] == np.random.get_state()[1]).all()
+    assert not np.array_equal(model.predict(observation)[0], model.predict(observation)[0])
+
+
+def test_evaluation_leaves_the_collecting_state_alone() -> None:
+    model = tiny("Pendulum-v1").learn(50)
+    assert model._state is not None
+    before = [x.clone() for x in model._state]
+    model.predict(np.ones((5, 3), dtype=np.float32), deterministic=True)
+    for a, b in zip(before, model._state, strict=True):
+        assert th.equal(a, b)
+
+
+def test_forward_is_what_the_export_guide_calls() -> None:
+    model = tiny("Pendulum-v1")
+    observation = th.zeros(2, 3)
+    action = model.policy(observation, deterministic=True)
+    assert action.shape == (2, 1) and (action.abs() <= 1).all()
+    expected, _ = model.predict(observation.numpy(), deterministic=True)
+    np.testing.assert_allclose(2.0 * action.numpy(), expected, rtol=1e-5)  # Pendulum's torque is in [-2, 2]
+
+
+# ---------------------------------------------------------------------------------- callbacks and saving
+
+
+def test_callbacks_and_tensorboard(tmp_path: Path) -> None:
+    model = tiny("Pendulum-v1", tensorboard_log=str(tmp_path))
+    evaluation = EvalCallback(gym.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=150, best_model_save_path=str(tmp_path))
+    checkpoint = CheckpointCallback(150, str(tmp_path), save_replay_buffer=True)
+    model.learn(420, callback=[evaluation, checkpoint], log_interval=1, progress_bar=True)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"best_model.zip", "rl_model_150_steps.zip", "rl_model_replay_buffer_300_steps.pkl", "DreamerGPLD_1"} <= names
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "DreamerGPLD_1"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {
+        "rollout/ep_rew_mean",
+        "train/learning_rate",
+        "train/grad_norm",
+        "loss/dyn",
+        "loss/reconstruction",
+        "loss/policy",
+    }
+    assert expected | {"gpld/posterior_lambda", "gpld/posterior_penalty", "actor_critic/entropy"} <= tags
+    assert 0.4 < events.Scalars("gpld/posterior_lambda")[0].value <= 0.5
+
+
+def test_save_and_load_continue(tmp_path: Path) -> None:
+    model = tiny("Pendulum-v1", posterior_penalty=0.25, penalty_schedule={"name": "linear", "decay_steps": 50}).learn(120)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=gym.make("Pendulum-v1"), device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded._n_updates == model._n_updates and loaded.posterior_penalty == 0.25
+    assert loaded.penalty.schedule_parameters == {"decay_steps": 50}
+    for (name, a), b in zip(model.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True):
+        assert th.equal(a, b), name
+    step = next(iter(model.policy.optimizer.state.values()))["step"]
+    assert next(iter(loaded.policy.optimizer.state.values()))["step"] == step == model._n_updates
+    loaded.learn(60, reset_num_timesteps=False)
+    assert loaded._n_updates > model._n_updates
+
+
+def test_policy_save_and_load(tmp_path: Path) -> None:
+    model = tiny("Pendulum-v1", policy_kwargs=dict(net_arch=[8], deter=64))
+    model.policy.save(str(tmp_path / "policy"))
+    policy = type(model.policy).load(str(tmp_path / "policy"), device="cpu")
+    observation = np.zeros(3, dtype=np.float32)
+    expected, _ = model.predict(observation, deterministic=True)
+    np.testing.assert_array_equal(policy.predict(observation, deterministic=True)[0], expected)
+
+
+def test_same_seed_same_parameters() -> None:
+    def parameters(seed: int) -> th.Tensor:
+        model = tiny("Pendulum-v1", seed=seed).learn(80)
+        return th.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+    first = parameters(1)
+    assert th.equal(first, parameters(1)) and not th.equal(first, parameters(2))
+
+
+def test_bfloat16_learns_the_same_losses() -> None:
+    """The same update in both precisions: losses agree to the rounding of bfloat16."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        model = tiny(RandomSpaces(BOX, BOX), precision=precision, learning_starts=1000).learn(40)
+        model.train(1, 4)
+        losses[precision] = {name: float(x) for name, x in model._metric_sums.items() if name.startswith("loss/")}
+    assert all(p.dtype == th.float32 for p in model.policy.parameters())
+    for name, value in losses["float32"].items():
+        assert losses["bfloat16"][name] == pytest.approx(value, rel=0.05, abs=0.02), name
+
+
+# -------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, text",
+    [
+        (dict(model_size="2m"), ValueError, "model_size '2m'.*Allowed: debug, 1m"),
+        (dict(batch_length=0), ValueError, "batch_length must be .* at least 1"),
+        (dict(batch_size=0), ValueError, "batch_size"),
+        (dict(imagination_horizon=0), ValueError, "imagination_horizon"),
+        (dict(posterior_penalty=-1), ValueError, "posterior_penalty"),
+        (dict(penalty_fraction=1.5), ValueError, "penalty_fraction"),
+        (dict(penalty_fraction=0.0), ValueError, "penalty_fraction"),
+        (dict(penalty_rows=5), ValueError, "penalty_rows must be at most 4"),
+        (dict(penalty_estimator="exakt"), ValueError, "Did you mean 'exact'"),
+        (dict(penalty_schedule="sqrt"), ValueError, "penalty_schedule 'sqrt'"),
+        (dict(policy_kwargs=dict(dter=64)), TypeError, "Did you mean 'deter'"),
+        (dict(policy_kwargs=dict(deter=30)), ValueError, "deter must be a multiple of blocks"),
+        (dict(policy_kwargs=dict(net_arch=[0])), ValueError, "policy_arch"),
+        (dict(policy_kwargs=dict(features_extractor_kwargs=dict(dim=3))), TypeError, "features_dim"),
+        (dict(precision="float16"), ValueError, "precision"),
+        (dict(compile="yes"), ValueError, "compile"),
+        (dict(train_ratio=-1), ValueError, "train_ratio"),
+        (dict(gamma=1.5), ValueError, "gamma"),
+        (dict(optimize_memory_usage=True), ValueError, "optimize_memory_usage"),
+        (dict(train_freq=(1, "hour")), ValueError, "train_freq"),
+    ],
+)
+def test_wrong_arguments(kwargs: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        tiny("Pendulum-v1", **kwargs)
+
+
+def test_wrong_policies_and_spaces() -> None:
+    with pytest.raises(ValueError, match="Policy MlpPolic unknown"):
+        tiny("Pendulum-v1", "MlpPolic")
+    with pytest.raises(ValueError, match="needs a Dict"):
+        tiny("Pendulum-v1", "MultiInputPolicy")
+    with pytest.raises(AssertionError, match="CnnPolicy needs images"):
+        tiny("Pendulum-v1", "CnnPolicy")
+    with pytest.raises(ValueError, match="12x40 pixels; allowed: at least 16"):
+        tiny(RandomSpaces(spaces.Box(0, 255, (3, 12, 40), np.uint8), BOX), "CnnPolicy")
+    with pytest.raises(ValueError, match="Tuple space; allowed: Box, Discrete"):
+        tiny(RandomSpaces(spaces.Tuple([BOX, BOX]), BOX), "MlpPolicy")
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    with pytest.raises(ValueError, match="SequenceReplayBuffer"):
+        tiny("Pendulum-v1", replay_buffer_class=ReplayBuffer)
+
+
+class Faulty(RandomSpaces):
+    """Gives a number that is not finite at one step."""
+
+    def __init__(self, what: str, value: float, at: int = 5) -> None:
+        super().__init__(spaces.Dict({"x": BOX, "y": BOX}), BOX)
+        self.what, self.value, self.at, self.total = what, value, at, 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        observation, reward, *others = super().step(action)
+        self.total += 1
+        if self.total == self.at:
+            if self.what == "reward":
+                reward = self.value
+            else:
+                observation["y"][1] = self.value
+        return observation, reward, *others  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("what, text", [("reward", "the reward"), ("observation", "observation 'y'")])
+def test_not_finite_numbers_stop_before_the_buffer(what: str, text: str, value: float) -> None:
+    env = DummyVecEnv([lambda: RandomSpaces(spaces.Dict({"x": BOX, "y": BOX}), BOX), lambda: Faulty(what, value)])
+    model = tiny(env, "MultiInputPolicy", learning_starts=1000)
+    with pytest.raises(ValueError, match=f"{text} of environment 1 is not finite at step 10"):
+        model.learn(40)
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    np.testing.assert_array_equal(model.replay_buffer.rows_added, [4, 4])
+
+
+def test_not_finite_terminal_observation() -> None:
+    model = tiny(DummyVecEnv([lambda: Faulty("observation", np.nan, at=10)]), "MultiInputPolicy", learning_starts=1000)
+    with pytest.raises(ValueError, match="terminal observation 'y' of environment 0 is not finite"):
+        model.learn(40)
+
+
+def test_not_finite_loss_leaves_the_parameters_alone() -> None:
+    model = tiny("Pendulum-v1", learning_starts=1000).learn(40)
+    assert model.replay_buffer is not None
+    model.train(1, 4)
+    model.replay_buffer.rewards[:] = np.nan  # as no environment can do it
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="reward.*the parameters were not changed"):
+        model.train(1, 4)
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(value, before[name]), name
+
+
+def test_no_warning_in_a_plain_run() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        tiny(RandomSpaces(BOX, BOX)).learn(60)
