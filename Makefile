@@ -35,7 +35,7 @@ format: install
 	$(BIN)/ruff format .
 
 benchmark: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.update_time --size 1m
 
 # Leaves the virtual environment and the results of runs.
 clean:

@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium as gym
 import matplotlib
 import numpy as np
+import torch as th
 import yaml
 from matplotlib import pyplot as plt
 from stable_baselines3.common.callbacks import BaseCallback
@@ -77,6 +78,7 @@ def main() -> int:
     matplotlib.use("Agg")
     logging.getLogger("absl").setLevel(logging.ERROR)  # dm_control's models use names that MuJoCo calls deprecated
     settings: dict[str, Any] = yaml.safe_load(args.config.read_text())
+    th.set_num_threads(1)  # more threads gain nothing for so small a net, and lose much on a busy machine
     args.out.mkdir(parents=True, exist_ok=True)
 
     def make_env() -> gym.Env:

@@ -20,7 +20,6 @@ from sb3_dreamer_gpld.networks import Head, apply_heads
 from sb3_dreamer_gpld.rssm import States
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
-
 CHUNK_ROWS = 1024  # states whose predictions are computed together
 
 

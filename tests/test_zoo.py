@@ -403,6 +403,7 @@ def test_push_to_hub_makes_the_files_without_network(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     client = huggingface_hub.HfApi
     args = ["--env", "Pendulum-v1", "-f", str(trained / "logs"), "--no-upload", "-n", "5", "--device", "cpu"]
+    args += ["--env-kwargs", "max_episode_steps:20"]
     zoo.main(["push-to-hub", *args])
     assert huggingface_hub.HfApi is client
     assert "Nothing was uploaded" in capsys.readouterr().out
@@ -413,6 +414,23 @@ def test_push_to_hub_makes_the_files_without_network(
     assert card.startswith("---\n") and "value: " in card
     for text in (f"{results['mean_reward']:.2f} ± ", "DreamerGPLD.load(", "train_ratio: 16", "| torch | "):
         assert text in card
+
+
+def test_push_to_hub_sends_the_folder_with_our_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    from sb3_dreamer_gpld import zoo_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for name in ("create_repo", "snapshot_download", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, _name=name, **kwargs: calls.append((_name, kwargs)))
+    monkeypatch.setattr(zoo_hub, "write_model_card", lambda *args: calls.append(("card", {"args": args})))
+    client = zoo_hub._client(folder, upload=True)()
+    client.create_repo(repo_id="me/agent", private=False)
+    client.snapshot_download(repo_id="me/agent", local_dir=folder)
+    client.upload_folder(repo_id="me/agent", folder_path=folder, commit_message="hello")
+    assert [name for name, _ in calls] == ["create_repo", "snapshot_download", "card", "upload_folder"]
+    assert calls[-1][1] == {"repo_id": "me/agent", "folder_path": folder, "commit_message": "hello"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- plots
