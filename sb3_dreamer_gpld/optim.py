@@ -79,21 +79,21 @@ class LaProp(th.optim.Optimizer):
         steps = [self.state[p]["step"] for p in params]
         beta1, beta2 = group["betas"]
         th._foreach_add_(steps, 1.0)
-        step = steps[0]  # parameters of a group are always updated together
+        stacked = th.stack(steps)  # (parameters,), since a parameter without a gradient is left out of a step
 
-        def bias_correction(beta: float) -> Tensor:
-            return -th.expm1(step * math.log(beta)) if beta > 0 else th.ones_like(step)  # 1 − βᵗ without cancellation
+        def bias_corrections(beta: float) -> Tensor:
+            return -th.expm1(stacked * math.log(beta)) if beta > 0 else th.ones_like(stacked)  # 1 − βᵗ without cancellation
 
         if group["clip"]:
             self._clip(params, grads, group["clip"])
         th._foreach_mul_(second, beta2)
         th._foreach_addcmul_(second, grads, grads, 1 - beta2)
         rms = th._foreach_sqrt(second)
-        th._foreach_mul_(rms, bias_correction(beta2).rsqrt())
+        th._foreach_mul_(rms, list(bias_corrections(beta2).rsqrt().unbind()))
         th._foreach_add_(rms, group["eps"])
         th._foreach_div_(grads, rms)
         th._foreach_lerp_(first, grads, 1 - beta1)
-        th._foreach_add_(params, th._foreach_mul(first, -group["lr"] / bias_correction(beta1)))
+        th._foreach_add_(params, th._foreach_mul(first, list((-group["lr"] / bias_corrections(beta1)).unbind())))
 
     @staticmethod
     def _clip(params: list[Tensor], grads: list[Tensor], clip: float) -> None:

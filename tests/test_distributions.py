@@ -92,6 +92,7 @@ def test_smallest_and_largest_noise_draw_the_first_and_the_last_possible_class()
     probs = th.tensor([[0.0, 0.5], [0.25, 0.5], [0.75, 0.0]])  # two rows of three classes
     assert sample_one_hot(probs, th.zeros(2)).argmax(-2).tolist() == [1, 0]
     assert sample_one_hot(probs, th.full((2,), LARGEST_NOISE)).argmax(-2).tolist() == [2, 1]
+    assert sample_one_hot(probs, th.tensor([0.0, LARGEST_NOISE])).argmax(-2).tolist() == [1, 1]
 
 
 def test_each_class_is_drawn_in_the_interval_of_its_probability() -> None:
