@@ -137,6 +137,8 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
         for name in ("policy_arch", "value_arch"):
+            if not isinstance(getattr(self, name), (tuple, list, type(None))):
+                raise ValueError(f"{name} must be a list of the units of each layer, not {getattr(self, name)!r}")
             for units in getattr(self, name) or ():
                 check_int(f"every layer of {name}", units, 1)
         for name in ("kernel", "bins"):
@@ -147,8 +149,8 @@ class ModelConfig:
             raise ValueError(f"deter must be a multiple of blocks: deter={self.deter}, blocks={self.blocks}")
         for name in ("unimix", "slow_value_rate", "percentile_rate"):
             check_range(name, getattr(self, name), 0.0, 1.0)
-        if not self.unimix:
-            raise ValueError("unimix must be above 0: the divergences need probabilities that are never 0")
+        if self.unimix in (0, 1):
+            raise ValueError(f"unimix must be above 0, so that no probability is 0, and below 1, not {self.unimix}")
         check_range("min_std", self.min_std, 0.0, math.inf, low_open=True)
         check_range("max_std", self.max_std, self.min_std, math.inf)
         for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_weight") or f.name == "free_nats"):
@@ -237,9 +239,11 @@ class PenaltyConfig:
             check_int("penalty_rows", self.rows, 1)
         if self.estimator not in ("hutchinson", "exact"):
             raise ValueError(unknown_name("penalty_estimator", self.estimator, ("hutchinson", "exact")))
+        if not isinstance(self.schedule, (str, Mapping)):
+            raise ValueError(f"penalty_schedule must be a name or a dict with 'name', not {self.schedule!r}")
         given = {"name": self.schedule} if isinstance(self.schedule, str) else dict(self.schedule)
         name = given.pop("name", None)
-        if name not in SCHEDULES:
+        if not isinstance(name, str) or name not in SCHEDULES:
             raise ValueError(unknown_name("penalty_schedule", str(name), SCHEDULES))
         for key in given:
             if key not in SCHEDULES[name]:
@@ -251,7 +255,11 @@ class PenaltyConfig:
         if "factor" in parameters:
             check_range("penalty_schedule's factor", parameters["factor"], 0.0, math.inf)
         if name == "custom":
+            if not all(isinstance(parameters[key], (list, tuple)) for key in ("steps", "values")):
+                raise ValueError("penalty_schedule 'custom' needs lists of steps and of values")
             steps, values = list(parameters["steps"]), list(parameters["values"])
+            for step in steps:
+                check_range("penalty_schedule's steps", step, 0.0, math.inf)
             if len(steps) != len(values) or not steps or steps != sorted(steps):
                 raise ValueError(
                     "penalty_schedule 'custom' needs as many steps as values, at least one, with increasing steps; "
@@ -347,6 +355,11 @@ class ObservationSpec:
         return cls(tuple(vectors), tuple(images))
 
 
+def _check_start(where: str, space: spaces.MultiDiscrete) -> None:
+    if np.any(space.start):
+        raise ValueError(f"{where} is a MultiDiscrete that starts at {space.start.tolist()}; allowed: starts at 0")
+
+
 def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> VectorKey | ImageKey:
     where = f"observation {name!r}" if name else "the observation space"
     if isinstance(space, spaces.Box):
@@ -363,6 +376,7 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
     if isinstance(space, spaces.Discrete):
         return VectorKey(name, (), (int(space.n),), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
+        _check_start(where, space)
         return VectorKey(name, space.shape, tuple(int(n) for n in space.nvec.flatten()))
     if isinstance(space, spaces.MultiBinary):
         return VectorKey(name, space.shape, (2,) * math.prod(space.shape))
@@ -397,6 +411,7 @@ class ActionSpec:
         if isinstance(space, spaces.Discrete):
             return cls((), (int(space.n),), int(space.start))
         if isinstance(space, spaces.MultiDiscrete):
+            _check_start("the action space", space)
             return cls(space.shape, tuple(int(n) for n in space.nvec.flatten()))
         if isinstance(space, spaces.MultiBinary):
             return cls(space.shape, (2,) * math.prod(space.shape))

@@ -52,7 +52,7 @@ class LaProp(th.optim.Optimizer):
 
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the gradients are scaled in place by the clipping.
+        """Update every parameter that has a gradient; the gradients are overwritten by the normalised ones.
 
         :param closure: re-evaluates the loss, as in every torch optimiser
         """

@@ -105,7 +105,7 @@ class DreamerPolicy(BasePolicy):
             archs = {"policy_arch": self.net_arch.get("pi"), "value_arch": value_arch}
         else:
             archs = {"policy_arch": self.net_arch, "value_arch": self.net_arch}
-        overrides.update({name: tuple(arch) for name, arch in archs.items() if arch is not None})
+        overrides.update({name: arch for name, arch in archs.items() if arch is not None})
         return ModelConfig.make(size, **overrides)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

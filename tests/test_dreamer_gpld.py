@@ -367,6 +367,10 @@ def test_bfloat16_learns_the_same_losses() -> None:
         (dict(policy_kwargs=dict(deter=30)), ValueError, "deter must be a multiple of blocks"),
         (dict(policy_kwargs=dict(net_arch=[0])), ValueError, "policy_arch"),
         (dict(policy_kwargs=dict(features_extractor_kwargs=dict(dim=3))), TypeError, "features_dim"),
+        (dict(policy_kwargs=dict(net_arch=64)), ValueError, "policy_arch must be a list"),
+        (dict(policy_kwargs=dict(unimix=1.0)), ValueError, "unimix"),
+        (dict(penalty_schedule=None), ValueError, "penalty_schedule must be a name or a dict"),
+        (dict(penalty_schedule={"name": "custom", "steps": [-5], "values": [0.1]}), ValueError, "penalty_schedule's steps"),
         (dict(precision="float16"), ValueError, "precision"),
         (dict(compile="yes"), ValueError, "compile"),
         (dict(train_ratio=-1), ValueError, "train_ratio"),
@@ -391,6 +395,8 @@ def test_wrong_policies_and_spaces() -> None:
         tiny(RandomSpaces(spaces.Box(0, 255, (3, 12, 40), np.uint8), BOX), "CnnPolicy")
     with pytest.raises(ValueError, match="Tuple space; allowed: Box, Discrete"):
         tiny(RandomSpaces(spaces.Tuple([BOX, BOX]), BOX), "MlpPolicy")
+    with pytest.raises(ValueError, match=r"MultiDiscrete that starts at \[1, 1\]; allowed: starts at 0"):
+        tiny(RandomSpaces(BOX, spaces.MultiDiscrete([3, 3], start=[1, 1])))
     from stable_baselines3.common.buffers import ReplayBuffer
 
     with pytest.raises(ValueError, match="SequenceReplayBuffer"):
