@@ -1,0 +1,87 @@
+"""Precision and compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch as th
+from test_parity import RECORDINGS, Recording, assert_tensor
+
+from sb3_dreamer_gpld import DreamerGPLD, dreamer_gpld, execution
+
+TINY: dict[str, Any] = dict(
+    model_size="debug", batch_size=4, batch_length=8, learning_starts=32, train_ratio=8, imagination_horizon=3, device="cpu"
+)
+
+
+class CompilerFailed(Exception):
+    """Stands in for an error of the compiler."""
+
+
+CompilerFailed.__module__ = "torch._inductor.exc"
+
+
+def test_training_goes_on_if_the_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(function: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            raise CompilerFailed("no g++")
+
+        return call
+
+    monkeypatch.setattr(th, "compile", failing)
+    monkeypatch.setattr(execution.CompiledStep, "failed", False)
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, **TINY)
+    with pytest.warns(UserWarning, match="torch.compile failed, so training goes on uncompiled: no g") as warned:
+        model.learn(60)
+    assert model._n_updates > 0 and len([w for w in warned if "torch.compile" in str(w.message)]) == 1
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
+
+    def wrong() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        execution.CompiledStep(wrong)()
+
+
+@pytest.mark.parametrize(
+    "setting, steps, compiled",
+    [("auto", 2000, False), ("auto", 100_000, True), (False, 100_000, False), (True, 10, True)],
+)
+def test_when_it_compiles(setting: bool | str, steps: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(dreamer_gpld, "compile_steps", calls.append)
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=setting, device="cpu", model_size="debug")
+    model._compile_if_it_pays(steps)
+    assert bool(calls) == compiled
+
+
+def test_precision() -> None:
+    cpu = th.device("cpu")
+    assert execution.resolve_precision("float32", cpu) == th.float32
+    assert execution.resolve_precision("bfloat16", cpu) == th.bfloat16
+    native = execution.has_native_bfloat16(cpu)
+    assert execution.resolve_precision("auto", cpu) == (th.bfloat16 if native else th.float32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["cont0", "disc0"])
+def test_compiled_losses_and_gradients(name: str) -> None:
+    """The compiled update (no graph break) gives what the recordings hold, up to the rounding of fused operations."""
+    recording = Recording(RECORDINGS[name])
+    model = recording.model()
+    batch, draws = recording.batch(model), recording.world_draws(model)
+    imagination_draws = recording.imagination_draws(model)
+    execution.compile_steps(model.policy)
+    result = model.loss(batch, draws, imagination_draws)
+    assert not execution.CompiledStep.failed
+    th.testing.assert_close(result.total.detach(), recording.tensor("loss_total"), rtol=1e-5, atol=0.0)
+    result.total.backward()
+    gradients = recording.parameters("grad/")
+    for parameter, p in model.policy.named_parameters():
+        if parameter in gradients and not parameter.startswith("actor_critic.value"):
+            assert p.grad is not None
+            assert_tensor(parameter, p.grad, gradients[parameter])
