@@ -36,7 +36,7 @@ def phase_timers(model: DreamerGPLD) -> Iterator[dict[str, list[float]]]:
     targets: list[tuple[str, Any, str]] = [
         ("sample", model.replay_buffer, "sample"),
         ("refresh latents", model.replay_buffer, "update_latents"),
-        ("encode", policy.world_model.encoder, "forward"),
+        ("encode", policy.world_model, "encode_targets"),
         ("observe", policy.world_model.rssm, "observe"),
         ("world model", policy.world_model, "loss"),
         ("imagine", policy.world_model.rssm, "imagine"),
@@ -57,13 +57,17 @@ def phase_timers(model: DreamerGPLD) -> Iterator[dict[str, list[float]]]:
 
         return call
 
+    before = [owner.__dict__.get(attribute) for _, owner, attribute in targets]  # a compiled function, or nothing
     for name, owner, attribute in targets:
         owner.__dict__[attribute] = timed(name, getattr(owner, attribute))
     try:
         yield seconds
     finally:
-        for _, owner, attribute in targets:
-            del owner.__dict__[attribute]
+        for (_, owner, attribute), function in zip(targets, before, strict=True):
+            if function is None:
+                del owner.__dict__[attribute]
+            else:
+                owner.__dict__[attribute] = function
 
 
 def exclusive(seconds: dict[str, list[float]], total: float) -> dict[str, float]:

@@ -194,10 +194,17 @@ class SequenceReplayBuffer(ReplayBuffer):
         self._warn_if_too_large(self.buffer_size * self.n_envs * row_bytes)
 
         rows = (self.buffer_size, self.n_envs)
-        observations = {key: np.zeros((*rows, *shape), dtype=dtype) for key, (shape, dtype) in obs_per_row.items()}
+        try:
+            observations = {key: np.zeros((*rows, *shape), dtype=dtype) for key, (shape, dtype) in obs_per_row.items()}
+            arrays = {name: np.zeros((*rows, *shape), dtype=dtype) for name, (shape, dtype) in per_row.items()}
+        except MemoryError as error:
+            total = self.buffer_size * self.n_envs
+            raise MemoryError(
+                f"A replay buffer of {total:,} rows with {row_bytes:,} bytes each does not fit into the memory; "
+                "use a smaller buffer_size"
+            ) from error
         self.observations = self._like_space(observations)
-        for name, (shape, dtype) in per_row.items():
-            setattr(self, name, np.zeros((*rows, *shape), dtype=dtype))
+        self.__dict__.update(arrays)
 
     @staticmethod
     def _warn_if_too_large(needed: int) -> None:
