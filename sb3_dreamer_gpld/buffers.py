@@ -408,7 +408,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         :return: Whether a full window (batch_length rows and the one before them) is stored
         """
-        return bool(self._stored().max() > self.batch_length)
+        return bool(self.stored_rows().max() > self.batch_length)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SequenceSamples:  # type: ignore[override]
         """
@@ -433,7 +433,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         starts = np.array([window[1] for window in fresh] + starts.tolist(), dtype=np.int64)
         return self._get_samples(envs, starts, steps, has_context, env)
 
-    def _stored(self) -> np.ndarray:
+    def stored_rows(self) -> np.ndarray:
         """Number of rows that each ring holds, (E,)."""
         return np.minimum(self.rows_added, self.buffer_size)
 
@@ -444,7 +444,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :return: Their number of steps, how many each ring has (E,), the first trained row of the oldest
             one of each ring (E,), and whether a row comes before it (else the window starts from nothing)
         """
-        stored = self._stored()
+        stored = self.stored_rows()
         oldest = self.rows_added - stored
         most = int(stored.max())
         if most > self.batch_length:

@@ -418,7 +418,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 return 0
             return self.gradient_steps if self.gradient_steps >= 0 else steps
         capacity = self.replay_buffer.buffer_size  # rows of one environment
-        stored = int(np.minimum(self.replay_buffer.rows_added, capacity).sum())
+        stored = int(self.replay_buffer.stored_rows().sum())
         if stored <= min(self.learning_starts, capacity * self.n_envs - 1) or not self.replay_buffer.has_window():
             return 0
         self._update_credit += steps * self.train_ratio

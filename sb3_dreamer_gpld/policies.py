@@ -214,11 +214,6 @@ class DreamerPolicy(BasePolicy):
         # Cast, then clip: a bound rounded to float32 can lie outside a float64 space.
         return np.clip(unscaled, self.action_space.low, self.action_space.high)
 
-    def from_env_action(self, action: np.ndarray) -> Tensor:
-        """Inverse of :meth:`to_env_action`, for actions as they are kept in the buffer (a Box scaled to [−1, 1])."""
-        tensor = th.as_tensor(np.asarray(action), device=self.device)
-        return self.encode_stored_action(tensor.reshape(len(tensor), -1))
-
     def encode_stored_action(self, action: Tensor) -> Tensor:
         """Actions as the buffer keeps them (..., action_dim) as the nets see them, (..., A)."""
         if self.action_spec.nvec is None:
@@ -236,8 +231,10 @@ class DreamerPolicy(BasePolicy):
         classes = th.arange(self.config.classes, device=self.device).unsqueeze(-1)  # (C, 1)
         stoch = samples.stoch.unsqueeze(-2) == classes  # (B, C, K), all False where the latent is missing
         actions = samples.prev_actions
-        if self.action_spec.nvec is not None:
-            actions = actions.clamp_min(self.action_spec.offset)  # zeros stand for no action; the reset masks them
+        if self.action_spec.nvec is not None and self.action_spec.offset:
+            # Zeros stand for no action; the reset masks them, but they must be encodable.
+            low = self.action_spec.offset
+            actions = actions.clamp(low, low + self.action_spec.nvec[0] - 1)
         return Batch(
             as_dict(samples.observations),
             self.encode_stored_action(actions),

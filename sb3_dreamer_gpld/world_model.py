@@ -113,20 +113,6 @@ class WorldModel(nn.Module):
         """:return: tokens (*batch, E)"""
         return self.encoder(*self.targets(observations, batch))
 
-    def decode(self, states_deter: Tensor, states_stoch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Predicted observations.
-
-        :param states_deter: (..., D)
-        :param states_stoch: (..., C, K)
-        :return: per vector key (..., size): symlog values of a Box, logits of the other spaces; per image size
-            (..., height, width, channels) in (0, 1)
-        """
-        deter, stoch = states_deter, states_stoch.flatten(-2)
-        vectors: list[Tensor] = []
-        if self.vector_decoder is not None:
-            vectors = self._split_vectors(self.vector_decoder(th.cat([deter, stoch], -1)))
-        return vectors, self._decode_images(deter, stoch)
-
     def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
         return list(outputs.split([key.size for key in self.spec.vectors], -1))
 

@@ -86,6 +86,7 @@ ACTIONS = {
     "box float32": spaces.Box(-2.0, 2.0, (1,)),
     "discrete": spaces.Discrete(3),
     "discrete start": spaces.Discrete(3, start=-1),
+    "discrete far below 0": spaces.Discrete(3, start=-5),
     "multi-discrete": spaces.MultiDiscrete([3, 2]),
     "multi-binary": spaces.MultiBinary(4),
 }
