@@ -25,6 +25,8 @@ except ImportError:
 
 # Arrays that are allocated on first use; the names that SB3 knows keep SB3's meaning and layout (capacity, E, ...)
 _ARRAYS = ("observations", "actions", "rewards", "dones", "timeouts", "is_first", "deter", "stoch")
+# Rows of each ring that are allocated at first; the arrays double when they are full
+FIRST_ROWS = 1024
 # The key under which an observation that is not a dict is handled internally
 _ONLY_KEY = ""
 
@@ -74,8 +76,8 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     The arrays ``observations`` (a dict of arrays for Dict spaces), ``actions``, ``rewards``, ``dones`` (1 on the last
     row of an episode), ``timeouts`` (1 if that row is not terminal), ``is_first``, ``deter`` and ``stoch`` have SB3's
-    layout (capacity, E, ...). They are allocated on first use, so that a model which is loaded only to be evaluated
-    does not take the memory.
+    layout (rows, E, ...). They are allocated on first use and grow with what is stored, up to the capacity, so that a
+    model which is loaded only to be evaluated does not take the memory.
 
     :param buffer_size: Max number of rows, over all environments
     :param observation_space: Observation space
@@ -178,9 +180,9 @@ class SequenceReplayBuffer(ReplayBuffer):
             return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _allocate(self) -> None:
-        """Allocate all arrays, after a warning if they seem too large for this machine."""
-        per_row: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+    def _row_layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of one row of every array but the observations."""
+        return {
             "actions": ((self.action_dim,), self._action_dtype),
             "rewards": ((), np.dtype(np.float32)),
             "dones": ((), np.dtype(np.float32)),
@@ -189,22 +191,37 @@ class SequenceReplayBuffer(ReplayBuffer):
             "deter": ((self.deter_size,), np.dtype(np.float32)),
             "stoch": ((self.stoch_size,), self.stoch_dtype),
         }
-        obs_per_row = {key: (spec.stored_shape, spec.dtype) for key, spec in self._obs_specs.items()}
-        row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in [*per_row.values(), *obs_per_row.values()])
-        self._warn_if_too_large(self.buffer_size * self.n_envs * row_bytes)
 
-        rows = (self.buffer_size, self.n_envs)
-        try:
-            observations = {key: np.zeros((*rows, *shape), dtype=dtype) for key, (shape, dtype) in obs_per_row.items()}
-            arrays = {name: np.zeros((*rows, *shape), dtype=dtype) for name, (shape, dtype) in per_row.items()}
-        except MemoryError as error:
-            total = self.buffer_size * self.n_envs
-            raise MemoryError(
-                f"A replay buffer of {total:,} rows with {row_bytes:,} bytes each does not fit into the memory; "
-                "use a smaller buffer_size"
-            ) from error
+    def _allocate(self) -> None:
+        """Allocate the first rows of all arrays, after a warning if the full capacity seems too large for this machine."""
+        layout = self._row_layout()
+        obs_layout = {key: (spec.stored_shape, spec.dtype) for key, spec in self._obs_specs.items()}
+        row_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in [*layout.values(), *obs_layout.values()])
+        self._warn_if_too_large(self.buffer_size * self.n_envs * row_bytes)
+        rows = (min(FIRST_ROWS, self.buffer_size), self.n_envs)
+        observations = {key: np.zeros((*rows, *shape), dtype=dtype) for key, (shape, dtype) in obs_layout.items()}
         self.observations = self._like_space(observations)
-        self.__dict__.update(arrays)
+        self.__dict__.update({name: np.zeros((*rows, *shape), dtype=dtype) for name, (shape, dtype) in layout.items()})
+
+    def _make_room(self, rows: int) -> None:
+        """
+        Lengthen the arrays, at least twofold, so that every ring can hold some rows.
+
+        :param rows: Rows needed in the longest ring; beyond the capacity they overwrite the oldest ones
+        :raises MemoryError: If the memory is full; the rows stored so far are kept
+        """
+        allocated = len(self.rewards)
+        if min(rows, self.buffer_size) <= allocated:
+            return
+        wanted = min(max(rows, 2 * allocated), self.buffer_size)
+        try:
+            longer = {name: _map_entries(lambda array: _lengthened(array, wanted), getattr(self, name)) for name in _ARRAYS}
+        except MemoryError as error:
+            raise MemoryError(
+                f"The replay buffer holds {allocated * self.n_envs:,} of {self.buffer_size * self.n_envs:,} rows, and there "
+                "is no memory for more; use a smaller buffer_size"
+            ) from error
+        self.__dict__.update(longer)
 
     @staticmethod
     def _warn_if_too_large(needed: int) -> None:
@@ -232,12 +249,9 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """
-        :param state: What ``__getstate__`` returned; the arrays get their full capacity again
+        :param state: What ``__getstate__`` returned; the arrays grow again when rows are added
         """
         self.__dict__.update(state)
-        for name in _ARRAYS:
-            if name in state:
-                setattr(self, name, _map_entries(lambda rows: _with_capacity(rows, self.buffer_size), state[name]))
 
     # ------------------------------------------------------------------ writing
 
@@ -276,6 +290,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param done: Whether the episodes ended, (E,)
         :param infos: Infos of the environments, of which ``TimeLimit.truncated`` is used
         :raises ValueError: If a shape is wrong; nothing is written then
+        :raises MemoryError: If there is no room for more rows; nothing is written then
         """
         obs = self._shaped_obs("obs", obs)
         next_obs = self._shaped_obs("next_obs", next_obs)
@@ -286,6 +301,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         if len(infos) != self.n_envs:
             raise ValueError(f"infos: expected one per environment ({self.n_envs}), received {len(infos)}")
 
+        # At most three rows come: one that closes a cut episode, the transition's own, one that ends its episode
+        self._make_room(int(self.rows_added.max()) + 3)
         # Whatever was staged, a row that continues nothing is a first one
         is_first = ~self._pending if self._staged is None else self._staged.is_first | ~self._pending
         cut = is_first & self._pending
@@ -484,7 +501,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :return: The windows
         """
         numbers = starts[:, None] + np.arange(-1, steps)  # (B, 1 + T), the context row first
-        indices = numbers % self.buffer_size
+        indices = np.maximum(numbers, 0) % self.buffer_size  # row 0 stands in for the missing one before it
         before, at = (indices[:, :-1], envs[:, None]), (indices[:, 1:], envs[:, None])
         observations = {key: array[at] for key, array in _entries(self.observations).items()}
         prev_actions = self.actions[before]  # (B, T, action_dim)
@@ -533,13 +550,11 @@ def _map_entries(function: Callable[[np.ndarray], Any], value: Any) -> Any:
     return {key: function(array) for key, array in value.items()} if isinstance(value, dict) else function(value)
 
 
-def _with_capacity(rows: np.ndarray, capacity: int) -> np.ndarray:
-    """Put rows, (filled, E, ...), at the beginning of a new array (capacity, E, ...), unless they fill it."""
-    if len(rows) == capacity:
-        return rows
-    array = np.zeros((capacity, *rows.shape[1:]), dtype=rows.dtype)
-    array[: len(rows)] = rows
-    return array
+def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
+    """Put an array (filled, E, ...) at the beginning of a new one (rows, E, ...)."""
+    longer = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
 
 
 def _to_numpy(value: np.ndarray | th.Tensor) -> np.ndarray:

@@ -354,7 +354,7 @@ def assert_same_arrays(a: SequenceReplayBuffer, b: SequenceReplayBuffer) -> None
         one, other = getattr(a, name), getattr(b, name)
         for key in one if isinstance(one, dict) else [...]:
             assert not np.shares_memory(one[key], other[key])
-            assert one[key].shape == other[key].shape and one[key].dtype == other[key].dtype
+            assert one[key].shape[1:] == other[key].shape[1:] and one[key].dtype == other[key].dtype
             filled = a.size()
             np.testing.assert_array_equal(one[key][:filled], other[key][:filled])
 
@@ -777,11 +777,34 @@ def test_pickle_holds_only_what_is_filled(tmp_path: Any) -> None:
     save_to_pkl(path, buffer)
     assert path.stat().st_size < 50_000
     loaded = load_from_pkl(path)
-    assert loaded.observations.shape == (1_000_000, 1, 2)
-    np.testing.assert_array_equal(loaded.observations[:101], buffer.observations[:101])
-    np.testing.assert_array_equal(loaded.rewards[:101], buffer.rewards[:101])
+    assert loaded.buffer_size == 1_000_000 and loaded.observations.shape == (100, 1, 2)
+    np.testing.assert_array_equal(loaded.observations, buffer.observations[:100])
+    np.testing.assert_array_equal(loaded.rewards, buffer.rewards[:100])
     # Only the copies may have been cut
-    assert buffer.observations.shape == (1_000_000, 1, 2)
+    assert len(buffer.observations) == buffers.FIRST_ROWS
+
+
+def test_arrays_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more rows than fit into the memory may be allowed; an error on the way loses nothing."""
+    monkeypatch.setattr(buffers, "FIRST_ROWS", 4)
+    monkeypatch.setattr(buffers, "psutil", None)
+    driver = Driver(2, 10**13, 3)
+    lengths = set()
+    for i in range(40):
+        driver.add([STEP, DONE if i % 3 == 2 else STEP], staged=True)
+        lengths.add(len(driver.buffer.rewards))
+    assert lengths == {4, 8, 16, 32, 64}
+    check_arrays(driver)
+
+    def no_memory(array: np.ndarray, rows: int) -> np.ndarray:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "_lengthened", no_memory)
+        with pytest.raises(MemoryError, match="holds 128 of 10,000,000,000,000 rows.*smaller buffer_size"):
+            for _ in range(40):
+                driver.add([STEP, DONE])
+    assert driver.buffer.stored_rows().max() == 63 and driver.buffer.sample(4).rewards.shape == (4, 3)
 
 
 def test_load_then_reset_closes_the_open_episode() -> None:
@@ -811,16 +834,16 @@ def test_reset_empties_everything() -> None:
 
 
 def test_extend_like_sb3() -> None:
-    """SB3's own test of saved buffers extends a buffer by the arrays of its copy, unfilled rows included."""
+    """SB3's own test of saved buffers extends a buffer by the arrays of its copy."""
     driver = Driver(1, 50, 3, FLAT)
     for i in range(15):
         driver.add([TIMEOUT if i % 5 == 4 else STEP])
     old = copy.deepcopy(driver.buffer)
     infos = [[{"TimeLimit.truncated": truncated}] for truncated in old.timeouts]
     driver.buffer.extend(old.observations, old.observations, old.actions, old.rewards, old.dones, infos)
-    # 15 + 3 rows before; 50 more, with 3 ends of episodes among them
-    assert driver.buffer.rows_added.tolist() == [15 + 3 + 50 + 3]
-    assert driver.buffer.full and driver.buffer.size() == 50
+    # 15 + 3 rows before; as many more, with 3 ends of episodes among them
+    assert driver.buffer.rows_added.tolist() == [18 + 18 + 3]
+    assert not driver.buffer.full and driver.buffer.size() == 39
     assert driver.buffer.sample(4).rewards.shape == (4, 3)
 
 
