@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,6 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
@@ -22,6 +28,14 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_c
 from sb3_dreamer_gpld.gpld import penalty_weight
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.rssm import States
+from sb3_dreamer_gpld.saving import (
+    FORMAT_VERSION,
+    atomic_file,
+    check_model_file,
+    module_tensors,
+    restore_rng,
+    rng_states,
+)
 from sb3_dreamer_gpld.world_model import Batch, WorldModelDraws
 
 SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
@@ -75,7 +89,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
     :param model_size: "1m" to "400m" or "debug"; None: "1m" for vectors, "12m" with images
     :param batch_length: steps of a replayed sequence, T
     :param train_ratio: replayed steps per environment step, used unless ``gradient_steps`` is given; a fraction of an
-        update is kept for later
+        update is kept for later. None: half a batch, an update every other step, which makes the paper's 512 with the
+        paper's batch of 16×64 and keeps small batches cheap
     :param imagination_horizon: imagined steps, H
     :param return_lambda: λ of the returns
     :param ent_coef: weight of the policy's entropy
@@ -126,7 +141,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         _init_setup_model: bool = True,
         model_size: str | None = None,
         batch_length: int = 64,
-        train_ratio: float = 512,
+        train_ratio: float | None = None,
         imagination_horizon: int = 15,
         return_lambda: float = 0.95,
         ent_coef: float = 3e-4,
@@ -169,7 +184,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         )
         self.model_size = model_size
         self.batch_length = batch_length
-        self.train_ratio = train_ratio
+        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in _check_arguments
         self.imagination_horizon = imagination_horizon
         self.return_lambda = return_lambda
         self.ent_coef = ent_coef
@@ -187,6 +202,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.compile = compile
         # Replayed steps that are due but make no whole update yet.
         self._update_credit = 0.0
+        self.format_version = FORMAT_VERSION
+        self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
         self._state: RecurrentState | None = None
         self._metric_sums: dict[str, Tensor] = {}
         self._metric_count = 0
@@ -253,6 +270,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
             check_int(name, getattr(self, name), minimum)
         if self.gradient_steps is not None:
             check_int("gradient_steps (or None)", self.gradient_steps, -1)
+        if self.train_ratio is None:
+            self.train_ratio = self.batch_size * self.batch_length / 2
         check_range("train_ratio", self.train_ratio, 0.0, float("inf"))
         check_range("gamma", self.gamma, 0.0, 1.0)
         check_range("return_lambda", self.return_lambda, 0.0, 1.0)
@@ -378,6 +397,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         self._check_finite(self._last_obs)
+        self._resume(reset_num_timesteps)
         while self.num_timesteps < total_timesteps:
             rollout = self.collect_rollouts(
                 self.env,
@@ -395,6 +415,21 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
         callback.on_training_end()
         return self
+
+    def _resume(self, reset_num_timesteps: bool) -> None:
+        """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
+        if not reset_num_timesteps:
+            if self._rng_states is not None:
+                restore_rng(self._rng_states, self.device)
+            assert self.replay_buffer is not None
+            if self._n_updates and not self.replay_buffer.size():
+                warnings.warn(
+                    f"The replay buffer is empty after {self.num_timesteps} steps: what was collected before is lost, and "
+                    f"updates go on after {self.learning_starts} new steps. To keep it, use save_replay_buffer and "
+                    "load_replay_buffer",
+                    stacklevel=3,
+                )
+        self._rng_states = None
 
     def _compile_if_it_pays(self, steps: int) -> None:
         """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""
@@ -530,6 +565,120 @@ class DreamerGPLD(OffPolicyAlgorithm):
         super().dump_logs()
 
     # -------------------------------------------------------------------------------------------- saving
+
+    def save(
+        self,
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save everything but the replay buffer, the states of the random generators included.
+
+        :param path: name of the file, which appears when it is complete; ".zip" is added
+        :param exclude: further attributes to leave out
+        :param include: attributes to keep that are usually left out
+        :raises OSError: it could not be written; names the file. One that was there before is unchanged
+        """
+        self._rng_states = rng_states(self.device)
+        try:
+            with atomic_file(path, "zip") as file:
+                super().save(file, exclude, include)  # type: ignore[arg-type]
+        finally:
+            self._rng_states = None
+
+    @classmethod
+    def load(
+        cls: type[SelfDreamerGPLD],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfDreamerGPLD:
+        """Load a model. With ``load_replay_buffer`` and ``learn(..., reset_num_timesteps=False)`` a run saved at an
+        episode's end goes on bit for bit as if it had not stopped.
+
+        A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
+
+        :raises FileNotFoundError: there is no such file
+        :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces or sizes
+            than asked for; says which
+        """
+        check_model_file(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Load parameters, as in SB3.
+
+        :raises ValueError: they belong to nets of another size or other spaces; names the first tensors that differ
+        """
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                f"These parameters belong to a model of another size or of other spaces than this one (model_size="
+                f"{self.model_size!r}). Load the file with DreamerGPLD.load and without model_size or policy_kwargs, or take "
+                f"over single modules by load_modules. The differences: {str(error)[:500]}"
+            ) from error
+
+    def load_modules(self, path: str | os.PathLike[str] | io.BufferedIOBase, modules: Sequence[str]) -> None:
+        """Warm start: take single modules from a saved model; all else stays as it is, the optimiser included.
+
+        :param path: a file of :meth:`save`
+        :param modules: some of "encoder", "rssm", "decoder", "reward", "continue", "actor", "critic"
+        :raises ValueError: an unknown name, or tensors of other shapes; nothing is loaded then
+        """
+        check_model_file(path)
+        _, params, _ = load_from_zip_file(path, load_data=False, device=self.device)  # type: ignore[arg-type]
+        tensors = module_tensors(params["policy"], self.policy.state_dict(), modules)  # type: ignore[arg-type]
+        self.policy.load_state_dict(tensors, strict=False)
+
+    def save_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """Save the replay buffer, as far as it is filled.
+
+        :param path: name of the file, which appears when it is complete; ".pkl" is added
+        :raises OSError: it could not be written; names the file. One that was there before is unchanged
+        """
+        with atomic_file(path, "pkl") as file:
+            super().save_replay_buffer(file)  # type: ignore[arg-type]
+
+    def load_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
+
+        :param path: a file of :meth:`save_replay_buffer`
+        :param truncate_last_traj: for SB3's HER buffer; without effect here
+        :raises ValueError: it is truncated, or of another number of environments, other spaces or other sizes of the
+            recurrent state; the present buffer is kept
+        """
+        present = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
+        except (EOFError, pickle.UnpicklingError, AssertionError) as error:
+            self.replay_buffer = present
+            raise ValueError(f"{path} is no replay buffer, or a truncated one: {error}") from error
+        loaded, config = self.replay_buffer, self.policy.config
+        self.replay_buffer = present
+        if not isinstance(loaded, SequenceReplayBuffer):
+            raise ValueError(f"{path} holds a {type(loaded).__name__}; allowed: SequenceReplayBuffer")
+        for name, its, ours in (
+            ("observation space", loaded.observation_space, self.observation_space),
+            ("action space", loaded.action_space, self.action_space),
+            ("number of environments", loaded.n_envs, self.n_envs),
+            ("deter", loaded.deter_size, config.deter),
+            ("stoch", loaded.stoch_size, config.stoch),
+        ):
+            if its != ours:
+                raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
+        self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_state", "_metric_sums", "_metric_count"]

@@ -5,6 +5,9 @@ Letters: N environments, D deter, K rows, C classes, A action numbers as the net
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,13 +17,16 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_device
 from torch import Tensor
+from typing_extensions import Self
 
 from sb3_dreamer_gpld.actor_critic import ActorCritic
 from sb3_dreamer_gpld.buffers import SequenceSamples
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
 from sb3_dreamer_gpld.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, plain_to_space, space_to_plain
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
 
@@ -119,6 +125,55 @@ class DreamerPolicy(BasePolicy):
             optimizer_kwargs=self.optimizer_kwargs,
             **self.sizes,
         )
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def save(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """Save nets and spaces in a file that ``torch.load(weights_only=True)`` reads: loading it runs no code.
+
+        The optimiser is not in it: save the whole model to go on training.
+
+        :param path: name of the file, which appears when it is complete
+        :raises OSError: it could not be written; names the file
+        """
+        arguments = self._get_constructor_parameters()
+        for name in ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs"):
+            arguments.pop(name, None)
+        saved = {
+            "format_version": FORMAT_VERSION,
+            "observation_space": space_to_plain(self.observation_space),
+            "action_space": space_to_plain(self.action_space),
+            "arguments": arguments,
+            "state_dict": self.state_dict(),
+        }
+        with atomic_file(path) as file:
+            th.save(saved, file)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | io.BufferedIOBase, device: th.device | str = "auto") -> Self:
+        """Load what :meth:`save` wrote.
+
+        :param path: name of the file
+        :param device: of the policy
+        :raises ValueError: it is no policy file, or one of a later version
+        """
+        device = get_device(device)
+        try:
+            saved = th.load(path, map_location=device, weights_only=True)  # type: ignore[arg-type]
+            version = saved["format_version"]
+        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is no file of {cls.__name__}.save, or a damaged one. Allowed: a file written by policy.save; "
+                "a model (a .zip of model.save) is loaded by DreamerGPLD.load"
+            ) from error
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, and this release reads up to {FORMAT_VERSION}. Install a later release"
+            )
+        observation_space, action_space = plain_to_space(saved["observation_space"]), plain_to_space(saved["action_space"])
+        policy = cls(observation_space, action_space, cls._dummy_schedule, **saved["arguments"])
+        policy.load_state_dict(saved["state_dict"])
+        return policy.to(device)
 
     # ------------------------------------------------------------------------------------------ acting
 

@@ -1,0 +1,439 @@
+"""Saving: exact resume, files that are whole or not there, foreign and damaged files, warm starts."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_dreamer_gpld import DreamerGPLD, saving
+from sb3_dreamer_gpld.saving import atomic_file, plain_to_space, space_to_plain
+
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for scripts in processes of their own
+TINY: dict[str, Any] = dict(
+    model_size="debug",
+    batch_size=4,
+    batch_length=8,
+    learning_starts=32,
+    train_ratio=12,  # no whole number of updates a step
+    imagination_horizon=3,
+    buffer_size=300,
+    device="cpu",
+    seed=0,
+)
+
+
+class Clock(gym.Env):
+    """A deterministic environment with episodes of 20 steps, whatever the seed."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (3,))
+
+    def __init__(self, discrete: bool = False) -> None:
+        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        self.x, self.steps = np.zeros(3, dtype=np.float32), 0
+        return self.x.copy(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        self.x = np.clip(0.9 * self.x + 0.1 * np.sum(action) + np.linspace(-0.05, 0.05, 3), -1, 1).astype(np.float32)
+        return self.x.copy(), float(self.x[0]), False, self.steps == 20, {}
+
+
+def model(**kwargs: Any) -> DreamerGPLD:
+    env = kwargs.pop("env", None) or Clock(kwargs.pop("discrete", False))
+    return DreamerGPLD("MlpPolicy", env, **{**TINY, **kwargs})
+
+
+def tensors(trained: DreamerGPLD) -> dict[str, th.Tensor]:
+    """Every tensor that training goes on from."""
+    state = dict(trained.policy.state_dict())
+    for i, values in trained.policy.optimizer.state_dict()["state"].items():
+        state.update({f"optimizer/{i}/{name}": value for name, value in values.items()})
+    return state
+
+
+def assert_same(a: DreamerGPLD, b: DreamerGPLD) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not th.equal(one[name], other[name])]
+    assert not differing, differing
+    assert (a.num_timesteps, a._n_updates, a._update_credit) == (b.num_timesteps, b._n_updates, b._update_credit)
+
+
+# ------------------------------------------------------------------------------------------- exact resume
+
+
+RESUME = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+from test_saving import Clock, DreamerGPLD, DummyVecEnv
+env = DummyVecEnv([lambda: Clock({discrete})] * {n_envs})
+model = DreamerGPLD.load("model", env=env, device="cpu")
+model.load_replay_buffer("buffer")
+model.learn({steps}, reset_num_timesteps=False).save("resumed")
+"""
+
+
+@pytest.mark.parametrize(
+    "n_envs, kwargs",
+    [
+        (1, {}),
+        (1, {"discrete": True, "penalty_random_rows": True, "penalty_rows": 2, "penalty_schedule": "linear"}),
+        (2, {"learning_rate": lambda progress: 1e-3 * progress, "learning_rate_warmup": 60}),
+    ],
+)
+def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """A run that stops at an episode's end, in a ring that has wrapped, and one that does not stop."""
+    threads = th.get_num_threads()
+    th.set_num_threads(1)  # the order of a sum depends on the number of threads
+    if kwargs.get("penalty_schedule") == "linear":
+        kwargs = {**kwargs, "penalty_schedule": {"name": "linear", "decay_steps": 100}}
+    discrete = kwargs.pop("discrete", False)
+
+    def start() -> DreamerGPLD:
+        return model(env=DummyVecEnv([lambda: Clock(discrete)] * n_envs), **kwargs)
+
+    first, second = 320 * n_envs, 40 * n_envs
+    whole = start()
+    whole.learn(first)
+    whole.learn(second, reset_num_timesteps=False)
+    stopped = start()
+    stopped.learn(first)
+    stopped.save(tmp_path / "model")
+    stopped.save_replay_buffer(tmp_path / "buffer")
+    th.set_num_threads(threads)
+    script = RESUME.format(paths=PATHS, steps=second, n_envs=n_envs, discrete=discrete)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    resumed = DreamerGPLD.load(tmp_path / "resumed", device="cpu")
+    assert_same(whole, resumed)
+    assert resumed._n_updates > stopped._n_updates
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    """A run that is saved on the way goes on as if it had not been, random numbers included."""
+    plain = model()
+    plain.learn(100)
+    plain.learn(60, reset_num_timesteps=False)
+    saved = model()
+    saved.learn(100)
+    saved.save(tmp_path / "model")
+    saved.save_replay_buffer(tmp_path / "buffer")
+    saved.policy.save(tmp_path / "policy")
+    saved.learn(60, reset_num_timesteps=False)
+    assert_same(plain, saved)
+
+
+def test_resume_without_the_replay_buffer_warns_once(tmp_path: Path) -> None:
+    model().learn(100).save(tmp_path / "model")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu")
+    updates = loaded._n_updates
+    with pytest.warns(
+        UserWarning, match="replay buffer is empty after 100 steps.*after 32 new steps.*save_replay_buffer"
+    ) as caught:
+        loaded.learn(60, reset_num_timesteps=False)
+    assert len(caught) == 1 and loaded._n_updates > updates and loaded.num_timesteps == 160
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.learn(20, reset_num_timesteps=False)
+        DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu").learn(20)  # starts afresh: nothing is missed
+
+
+# ----------------------------------------------------------------------------------------- whole files only
+
+
+def leave_no_room(bytes_: int) -> Any:
+    """Files of this process may not grow beyond that size: writing fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("kind", ["model", "replay_buffer", "policy"])
+def test_full_disk_keeps_the_old_file(kind: str, tmp_path: Path) -> None:
+    trained = model().learn(40)
+    save = {"model": trained.save, "replay_buffer": trained.save_replay_buffer, "policy": trained.policy.save}[kind]
+    path = tmp_path / "file.bin"
+    save(path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        leave_no_room(len(before) // 2)
+        with pytest.raises(OSError, match="file that was there before is unchanged.*file.bin"):
+            save(path)
+        with pytest.raises(OSError, match="Nothing was saved.*other.bin"):
+            save(tmp_path / "other.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["file.bin"]
+    save(path)
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path[:0] = {paths!r}
+from test_saving import Clock, DreamerGPLD, model
+import torch
+torch.set_num_threads(1)
+trained = model().learn(60)
+trained.save("model")
+trained.save_replay_buffer("buffer")
+trained.policy.save("policy.pth")
+start = time.perf_counter()
+trained.save("model")
+trained.save_replay_buffer("buffer")
+trained.policy.save("policy.pth")
+round_trip = time.perf_counter() - start
+random.seed({seed})
+seen = set()
+for kill in range(20):
+    child = os.fork()
+    if child == 0:
+        while True:  # training and saving in turn
+            trained.save("model")
+            trained.save_replay_buffer("buffer")
+            trained.policy.save("policy.pth")
+            trained.learn(1, reset_num_timesteps=False)
+    time.sleep(0.005 + 2 * round_trip * random.random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.update(os.listdir("."))
+    loaded = DreamerGPLD.load("model", env=Clock(), device="cpu")
+    loaded.load_replay_buffer("buffer")
+    assert loaded.num_timesteps >= 60 and loaded.replay_buffer.size() >= 60
+    type(trained.policy).load("policy.pth", device="cpu")
+print("left behind:", sorted(name for name in seen if name.endswith(".part")))
+trained.save("model")
+"""
+
+
+def test_sigkill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
+    """Twenty kills at random moments of saving and training; some of them must have met a file half-written."""
+    script = KILLED.format(paths=PATHS, seed=time.time_ns())
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert ".part" in done.stdout, done.stdout
+    assert not (tmp_path / ".model.zip.part").exists()  # the next save cleans up
+
+
+def test_atomic_file_keeps_the_paths_of_sb3(tmp_path: Path) -> None:
+    trained = model()
+    with pytest.warns(UserWarning, match="does not exist. Will create it"):
+        trained.save(tmp_path / "new" / "folder" / "a")
+    with pytest.warns(UserWarning, match="is a folder. Will save instead to"):
+        trained.save(tmp_path / "new.x" if (tmp_path / "new.x").mkdir() else tmp_path / "new.x")
+    assert (tmp_path / "new" / "folder" / "a.zip").exists() and (tmp_path / "new.x_2").exists()
+    stream = io.BytesIO()
+    trained.save(stream)
+    stream.seek(0)
+    assert_same(trained, DreamerGPLD.load(stream, device="cpu"))
+
+
+def test_atomic_file_passes_other_errors_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="of the caller"), atomic_file(tmp_path / "x") as file:
+        file.write(b"half")
+        raise RuntimeError("of the caller")
+    assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------ foreign and old files
+
+
+def rewritten(path: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a model file with other entries in its data."""
+    import json
+
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "data":
+                content = json.dumps({**json.loads(content), **changes}).encode()
+            target.writestr(name, content)
+    return to
+
+
+def test_damaged_and_foreign_model_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.zip"
+    model().save(path)
+    content = path.read_bytes()
+    for size in (0, 10, len(content) // 2, len(content) - 1):
+        (tmp_path / "cut.zip").write_bytes(content[:size])
+        with pytest.raises(ValueError, match="cut.zip is no model file, or a truncated one.*another checkpoint"):
+            DreamerGPLD.load(tmp_path / "cut.zip")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    (tmp_path / "flipped.zip").write_bytes(flipped)
+    with pytest.raises(ValueError, match="flipped.zip is damaged: its part 'policy"):
+        DreamerGPLD.load(tmp_path / "flipped.zip")
+    with pytest.raises(FileNotFoundError):
+        DreamerGPLD.load(tmp_path / "absent")
+    later = rewritten(path, tmp_path / "later.zip", format_version=saving.FORMAT_VERSION + 1)
+    with pytest.raises(ValueError, match="later.zip has format version 2.*reads up to 1.*later release"):
+        DreamerGPLD.load(later)
+    SAC("MlpPolicy", Clock(), policy_kwargs=dict(net_arch=[4]), buffer_size=10).save(tmp_path / "sac")
+    with pytest.raises(ValueError, match=r"sac.zip was not saved by DreamerGPLD: its policy is of stable_baselines3\.sac"):
+        DreamerGPLD.load(tmp_path / "sac")
+
+
+def test_files_of_other_sizes_and_spaces(tmp_path: Path) -> None:
+    trained = model()
+    trained.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="another size.*model_size='1m'.*without model_size"):
+        DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu", model_size="1m")
+    with pytest.raises(ValueError, match="Action spaces do not match"):
+        DreamerGPLD.load(tmp_path / "model", env=Clock(discrete=True), device="cpu")
+    with pytest.raises(ValueError, match="another size.*model_size='debug'"):
+        model(policy_kwargs=dict(hidden=24)).set_parameters(str(tmp_path / "model"))
+
+
+def test_replay_buffers_that_do_not_fit(tmp_path: Path) -> None:
+    trained = model().learn(40)
+    trained.save_replay_buffer(tmp_path / "buffer")
+    two = model(env=DummyVecEnv([Clock, Clock]))
+    before = two.replay_buffer
+    for other, what in (
+        (two, "number of environments is 1, the model's 2"),
+        (model(policy_kwargs=dict(deter=64)), "deter is 32, the model's 64"),
+        (model(policy_kwargs=dict(stoch=3)), "stoch is 4, the model's 3"),
+        (model(discrete=True), "action space is Box"),
+    ):
+        with pytest.raises(ValueError, match=f"buffer does not belong to this model: its {what}"):
+            other.load_replay_buffer(tmp_path / "buffer")
+    content = (tmp_path / "buffer.pkl").read_bytes()
+    (tmp_path / "cut.pkl").write_bytes(content[: len(content) // 2])
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1]))
+    for name in ("cut.pkl", "list.pkl"):
+        with pytest.raises(ValueError, match=f"{name} is no replay buffer, or a truncated one"):
+            two.load_replay_buffer(tmp_path / name)
+    assert two.replay_buffer is before
+
+
+FIRST_VERSION = Path(__file__).parent / "data" / "model_v1.zip"
+
+
+def test_a_file_of_the_first_version_loads_for_ever() -> None:
+    """Written by ``python tests/test_saving.py``, once; its actions stand beside it."""
+    loaded = DreamerGPLD.load(FIRST_VERSION, env=Clock(), device="cpu")
+    expected = np.load(FIRST_VERSION.with_name("model_v1_actions.npy"))
+    np.testing.assert_allclose(_actions(loaded), expected, atol=1e-5)
+    assert loaded.num_timesteps == 60 and loaded._n_updates > 0
+    loaded.learn(40)
+
+
+def _actions(trained: DreamerGPLD) -> np.ndarray:
+    """Actions of an episode without random numbers, (5, 2)."""
+    actions, state = [], None
+    for t in range(5):
+        action, state = trained.predict(np.linspace(-0.5, 0.1 * t, 3, dtype=np.float32), state, deterministic=True)
+        actions.append(action)
+    return np.stack(actions)
+
+
+# ---------------------------------------------------------------------------------------------- warm starts
+
+
+def test_load_modules(tmp_path: Path) -> None:
+    trained = model(seed=1).learn(60)
+    trained.save(tmp_path / "model")
+    fresh = model(seed=2)
+    before = {name: tensor.clone() for name, tensor in fresh.policy.state_dict().items()}
+    fresh.load_modules(tmp_path / "model", ["encoder", "decoder"])
+    taken = ("world_model.encoder.", "world_model.vector_decoder.")
+    for name, tensor in fresh.policy.state_dict().items():
+        expected = trained.policy.state_dict()[name] if name.startswith(taken) else before[name]
+        assert th.equal(tensor, expected), name
+    fresh.load_modules(tmp_path / "model", list(saving.MODULES))
+    for name, tensor in trained.policy.state_dict().items():
+        if name != "actor_critic.percentiles":
+            assert th.equal(fresh.policy.state_dict()[name], tensor), name
+    fresh.learn(60)
+
+
+def test_load_modules_that_do_not_fit(tmp_path: Path) -> None:
+    model().save(tmp_path / "model")
+    other = model(discrete=True, policy_kwargs=dict(hidden=24))
+    before = {name: tensor.clone() for name, tensor in other.policy.state_dict().items()}
+    with pytest.raises(ValueError, match="modules must name some of encoder, rssm.*, not encodr"):
+        other.load_modules(tmp_path / "model", ["encoder", "encodr"])
+    with pytest.raises(
+        ValueError, match=r"encoder, actor do not fit: actor_critic.policy.output.*in the file.*Nothing was loaded"
+    ):
+        other.load_modules(tmp_path / "model", ["encoder", "actor"])
+    assert all(th.equal(tensor, before[name]) for name, tensor in other.policy.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- policy files
+
+
+SPACES = [
+    spaces.Box(-1.0, np.inf, (2, 3), np.float64),
+    spaces.Box(0, 255, (16, 16, 3), np.uint8),
+    spaces.Discrete(4, start=-2),
+    spaces.MultiDiscrete([2, 3], start=[1, 0]),
+    spaces.MultiBinary((2, 2)),
+    spaces.Dict({"b": spaces.Discrete(2), "a": spaces.Box(0.0, 1.0, ())}),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_spaces_as_plain_data(space: spaces.Space) -> None:
+    stream = io.BytesIO()
+    th.save(space_to_plain(space), stream)
+    stream.seek(0)
+    back = plain_to_space(th.load(stream, weights_only=True))
+    assert back == space and back.dtype == space.dtype
+    if isinstance(space, spaces.Dict):
+        assert list(back.spaces) == list(space.spaces)  # type: ignore[attr-defined]
+
+
+def test_spaces_that_cannot_be_saved() -> None:
+    with pytest.raises(TypeError, match="Text.*allowed: Box, Discrete"):
+        space_to_plain(spaces.Text(4))
+
+
+def test_policy_files_load_with_weights_only(tmp_path: Path) -> None:
+    trained = model(policy_kwargs=dict(net_arch=dict(pi=[8], vf=[8, 8]), deter=64)).learn(40)
+    path = tmp_path / "policy.pth"
+    trained.policy.save(path)
+    assert th.load(path, weights_only=True)["format_version"] == saving.FORMAT_VERSION
+    loaded = type(trained.policy).load(path, device="cpu")
+    for (name, a), b in zip(trained.policy.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert th.equal(a, b), name
+    trained.save(tmp_path / "model.zip")
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:1000])
+    for name in ("model.zip", "cut.pth"):
+        with pytest.raises(ValueError, match=f"{name} is no file of MlpPolicy.save.*DreamerGPLD.load"):
+            type(trained.policy).load(tmp_path / name)
+
+
+if __name__ == "__main__":  # makes the file of the first version
+    if FIRST_VERSION.exists():
+        sys.exit(textwrap.fill(f"{FIRST_VERSION.name} exists, and must stay as the first version wrote it"))
+    first = model(seed=3).learn(60)
+    FIRST_VERSION.parent.mkdir(exist_ok=True)
+    first.save(FIRST_VERSION)
+    np.save(FIRST_VERSION.with_name("model_v1_actions.npy"), _actions(first))
