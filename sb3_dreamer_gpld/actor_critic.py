@@ -132,7 +132,7 @@ class ActorCritic(nn.Module):
         metrics = {
             "entropy": entropy.mean(),
             "advantage": advantage.mean(),
-            "advantage_std": advantage.std(),
+            "advantage_std": advantage.flatten().std(0),
             "imagined_reward": reward.mean(),
             "imagined_continue": cont.mean(),
             "imagined_return": returns.mean(),
@@ -179,13 +179,32 @@ class ActorCritic(nn.Module):
     def updated_percentiles(self, returns: Tensor) -> Tensor:
         """Moving average of the low and the high percentile of the returns, without bias correction, (2,)."""
         config = self.config
-        levels = returns.new_tensor([config.percentile_low, config.percentile_high]) / 100.0
-        return self.percentiles.lerp(th.quantile(returns.flatten(), levels), config.percentile_rate)
+        ordered = returns.flatten().sort().values
+        now = th.stack([percentile(ordered, level) for level in (config.percentile_low, config.percentile_high)])  # (2,)
+        return self.percentiles.lerp(now, config.percentile_rate)
 
     @th.no_grad()
-    def update_slow_value(self) -> None:
-        """Moving average of the value's parameters; call it after the optimiser step."""
-        th._foreach_lerp_(list(self.slow_value.parameters()), list(self.value.parameters()), self.config.slow_value_rate)
+    def update_slow_value(self, share: Tensor | float = 1.0) -> None:
+        """Moving average of the value's parameters; call it after the optimiser step.
+
+        :param share: multiplies the rate; 0 leaves the slow value as it is
+        """
+        slow: list[Tensor] = list(self.slow_value.parameters())
+        steps = list(th._foreach_sub(list(self.value.parameters()), slow))
+        th._foreach_mul_(steps, self.config.slow_value_rate * share)
+        th._foreach_add_(slow, steps)
+
+
+def percentile(ordered: Tensor, level: float) -> Tensor:
+    """A percentile, linear between two numbers (``torch.quantile`` makes the host wait to check its levels).
+
+    :param ordered: increasing numbers, (n,)
+    :param level: 0 to 100
+    :return: scalar
+    """
+    below, share = divmod(level / 100.0 * (len(ordered) - 1), 1.0)
+    above = min(int(below) + 1, len(ordered) - 1)
+    return ordered[int(below)].lerp(ordered[above], share)
 
 
 def imagined_returns(reward: Tensor, cont: Tensor, value: Tensor, return_lambda: float) -> Tensor:

@@ -26,6 +26,7 @@ from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
 from sb3_dreamer_gpld.gpld import penalty_weight
+from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.rssm import States
 from sb3_dreamer_gpld.saving import (
@@ -207,6 +208,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._state: RecurrentState | None = None
         self._metric_sums: dict[str, Tensor] = {}
         self._metric_count = 0
+        # Of each update since the last look: its number, the names of its losses, and flags (losses + 1,) of what was not
+        # finite, the gradient last
+        self._faults: list[tuple[int, tuple[str, ...], Tensor]] = []
         if _init_setup_model:
             self._setup_model()
 
@@ -229,7 +233,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._make_replay_buffer()
         self._convert_train_freq()
         self._state = None  # the number of environments may have changed in load()
-        self._metric_sums, self._metric_count = {}, 0
+        self._metric_sums, self._metric_count, self._faults = {}, 0, []
 
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
@@ -473,6 +477,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         world_model, actor_critic = self.policy.world_model, self.policy.actor_critic
+        self._faults = []
         for _ in range(gradient_steps):
             samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             batch = self.policy.to_batch(samples)
@@ -485,15 +490,17 @@ class DreamerGPLD(OffPolicyAlgorithm):
             self.replay_buffer.update_latents(
                 samples.envs, samples.starts, states.deter.detach(), states.stoch.detach().argmax(-2)
             )
+        self._raise_faults()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def update(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> States:
-        """One update of all parameters.
+        """One update of all parameters, without waiting for the device anywhere.
+
+        A loss or gradient that is not finite leaves the parameters as they are; :meth:`train` finds out at its end.
 
         :param batch: replayed sequences
         :param world_draws, imagination_draws: every random number that the update needs
         :return: posterior states of the batch, with which the stored ones are refreshed
-        :raises FloatingPointError: a loss is not finite; the parameters are left as they are
         """
         warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
         update_learning_rate(self.policy.optimizer, warmup * self.lr_schedule(self._current_progress_remaining))
@@ -502,12 +509,19 @@ class DreamerGPLD(OffPolicyAlgorithm):
             result = self.loss(batch, world_draws, imagination_draws)
         self.policy.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
-        norms = th._foreach_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
-        grad_norm = th.linalg.vector_norm(th.stack(norms))
-        self._check_losses(result, grad_norm)
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
+        faults = th.stack([~th.isfinite(mean(loss.detach())) for loss in result.losses.values()] + [~th.isfinite(grad_norm)])
+        fault = faults.any()
+        for grad in grads:
+            grad.masked_fill_(fault, 0.0)
+        if isinstance(self.policy.optimizer, LaProp):  # any other goes on with its momentum alone
+            self.policy.optimizer.found_inf = fault.float()
         self.policy.optimizer.step()
-        self.policy.actor_critic.update_slow_value()
-        self.policy.actor_critic.percentiles.copy_(result.percentiles)
+        self.policy.actor_critic.update_slow_value(1.0 - fault.float())
+        percentiles = self.policy.actor_critic.percentiles
+        percentiles.copy_(th.where(fault, percentiles, result.percentiles))
+        self._faults.append((self._n_updates, tuple(result.losses), faults))
         self._n_updates += 1
         self._collect_metrics(result, grad_norm)
         return result.states
@@ -529,14 +543,19 @@ class DreamerGPLD(OffPolicyAlgorithm):
             return penalty_weight(penalty, getattr(penalty, name.removesuffix("_penalty")), self._n_updates)
         return getattr(self.policy.config, f"{name.split('/')[0]}_weight")
 
-    def _check_losses(self, result: Loss, grad_norm: Tensor) -> None:
-        """:raises FloatingPointError: names the losses that are not finite"""
-        if th.isfinite(result.total) and th.isfinite(grad_norm):
+    def _raise_faults(self) -> None:
+        """Look at the flags of the updates made since the last time.
+
+        :raises FloatingPointError: names the first update with a loss or gradient that was not finite, and the losses
+        """
+        faults, self._faults = self._faults, []
+        if not faults or not th.stack([flags for _, _, flags in faults]).any():
             return
-        bad = [name for name, loss in result.losses.items() if not th.isfinite(loss).all()]
+        update, names, flags = next(entry for entry in faults if entry[2].any())
+        bad = [name for name, flag in zip(names, flags.tolist(), strict=False) if flag]
         what = f"the losses {', '.join(bad)}" if bad else "the gradient"
         raise FloatingPointError(
-            f"Update {self._n_updates}: {what} became not finite; the parameters were not changed. "
+            f"Update {update}: {what} became not finite; the parameters were not changed. "
             "Look for extreme rewards or observations, or lower the learning rate"
         )
 
@@ -681,7 +700,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_state", "_metric_sums", "_metric_count"]
+        return [*super()._excluded_save_params(), "_state", "_metric_sums", "_metric_count", "_faults"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -30,7 +30,12 @@ class LaProp(th.optim.Optimizer):
     :param eps: added to the RMS
     :param clip: largest norm of a gradient relative to its weights' norm; 0 turns clipping off
     :raises ValueError: a hyperparameter is out of range
+
+    As torch's gradient scaler does it, ``found_inf`` may be set to a scalar tensor before a step: 1 makes the step leave the
+    weights as they are, without the host having to know.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -93,7 +98,10 @@ class LaProp(th.optim.Optimizer):
         th._foreach_add_(rms, group["eps"])
         th._foreach_div_(grads, rms)
         th._foreach_lerp_(first, grads, 1 - beta1)
-        th._foreach_add_(params, th._foreach_mul(first, list((-group["lr"] / bias_corrections(beta1)).unbind())))
+        sizes = -group["lr"] / bias_corrections(beta1)  # (parameters,)
+        if self.found_inf is not None:
+            sizes = sizes * (1.0 - self.found_inf)
+        th._foreach_add_(params, th._foreach_mul(first, list(sizes.unbind())))
 
     @staticmethod
     def _clip(params: list[Tensor], grads: list[Tensor], clip: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch as th
 from test_parity import RECORDINGS, Recording, assert_tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sb3_dreamer_gpld import DreamerGPLD, dreamer_gpld, execution
 
@@ -65,6 +66,39 @@ def test_precision() -> None:
     assert execution.resolve_precision("bfloat16", cpu) == th.bfloat16
     native = execution.has_native_bfloat16(cpu)
     assert execution.resolve_precision("auto", cpu) == (th.bfloat16 if native else th.float32)
+
+
+def test_update_never_waits_for_the_device() -> None:
+    """No number is read on the host inside an update: on a GPU, each one would stop the stream of work."""
+    recording = Recording(RECORDINGS["cont0"])
+    model = recording.model()
+    arguments = recording.batch(model), recording.world_draws(model), recording.imagination_draws(model)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model.update(*arguments)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::addmm" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+
+
+def test_steps_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every compiled function is one graph without a break; run as captured, the losses are those of the recording."""
+    compile_, graphs = th.compile, []
+
+    def capture(function: Any, **kwargs: Any) -> Any:
+        assert kwargs["fullgraph"]
+        graphs.append(function.__name__)
+        return compile_(function, backend="aot_eager", **kwargs)  # the graph, without the C++ compiler's minutes
+
+    monkeypatch.setattr(th, "compile", capture)
+    monkeypatch.setattr(execution.CompiledStep, "failed", False)
+    recording = Recording(RECORDINGS["cont0"])
+    model = recording.model()
+    arguments = recording.batch(model), recording.world_draws(model), recording.imagination_draws(model)
+    execution.compile_steps(model.policy)
+    result = model.loss(*arguments)
+    result.total.backward()
+    assert not execution.CompiledStep.failed and len(graphs) == sum(map(len, execution.STEPS.values()))
+    th.testing.assert_close(result.total.detach(), recording.tensor("loss_total"), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.long
