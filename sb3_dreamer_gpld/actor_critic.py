@@ -132,7 +132,7 @@ class ActorCritic(nn.Module):
         metrics = {
             "entropy": entropy.mean(),
             "advantage": advantage.mean(),
-            "advantage_std": advantage.flatten().std(0),
+            "advantage_std": (advantage - advantage.mean()).square().mean().sqrt(),
             "imagined_reward": reward.mean(),
             "imagined_continue": cont.mean(),
             "imagined_return": returns.mean(),
