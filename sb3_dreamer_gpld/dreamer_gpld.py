@@ -622,8 +622,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
 
         :raises FileNotFoundError: there is no such file
-        :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces or sizes
-            than asked for; says which
+        :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces than ``env``
+        :raises RuntimeError: nets of another size are asked for than those of the file
         """
         check_model_file(path)
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
@@ -636,14 +636,14 @@ class DreamerGPLD(OffPolicyAlgorithm):
     ) -> None:
         """Load parameters, as in SB3.
 
-        :raises ValueError: they belong to nets of another size or other spaces; names the first tensors that differ
+        :raises RuntimeError: they belong to nets of another size or other spaces; names the first tensors that differ
         """
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            raise ValueError(
+            raise RuntimeError(  # the type that SB3 raises
                 f"These parameters belong to a model of another size or of other spaces than this one (model_size="
                 f"{self.model_size!r}). Load the file with DreamerGPLD.load and without model_size or policy_kwargs, or take "
                 f"over single modules by load_modules. The differences: {str(error)[:500]}"

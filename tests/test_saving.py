@@ -301,11 +301,11 @@ def test_damaged_and_foreign_model_files(tmp_path: Path) -> None:
 def test_files_of_other_sizes_and_spaces(tmp_path: Path) -> None:
     trained = model()
     trained.save(tmp_path / "model")
-    with pytest.raises(ValueError, match="another size.*model_size='1m'.*without model_size"):
+    with pytest.raises(RuntimeError, match="another size.*model_size='1m'.*without model_size"):
         DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu", model_size="1m")
     with pytest.raises(ValueError, match="Action spaces do not match"):
         DreamerGPLD.load(tmp_path / "model", env=Clock(discrete=True), device="cpu")
-    with pytest.raises(ValueError, match="another size.*model_size='debug'"):
+    with pytest.raises(RuntimeError, match="another size.*model_size='debug'"):
         model(policy_kwargs=dict(hidden=24)).set_parameters(str(tmp_path / "model"))
 
 
