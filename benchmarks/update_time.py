@@ -13,9 +13,6 @@ import json
 import resource
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +20,16 @@ import numpy as np
 import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.timers import timers
 from benchmarks.walker import filled_model
 from benchmarks.yardstick import FLOP, Yardstick, synchronize
 from sb3_dreamer_gpld import DreamerGPLD
 
 
-@contextmanager
-def phase_timers(model: DreamerGPLD) -> Iterator[dict[str, list[float]]]:
-    """Seconds spent in each phase of an update, by name."""
-    policy, seconds = model.policy, defaultdict[str, list[float]](list)
-    assert model.replay_buffer is not None
-    targets: list[tuple[str, Any, str]] = [
+def phases(model: DreamerGPLD) -> list[tuple[str, Any, str]]:
+    """The methods that an update consists of."""
+    policy = model.policy
+    return [
         ("sample", model.replay_buffer, "sample"),
         ("refresh latents", model.replay_buffer, "update_latents"),
         ("encode", policy.world_model, "encode_targets"),
@@ -45,29 +41,6 @@ def phase_timers(model: DreamerGPLD) -> Iterator[dict[str, list[float]]]:
         ("optimiser", policy.optimizer, "step"),
         ("update", model, "update"),
     ]
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            synchronize(model.device)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize(model.device)
-            seconds[name].append(time.perf_counter() - start)
-            return result
-
-        return call
-
-    before = [owner.__dict__.get(attribute) for _, owner, attribute in targets]  # a compiled function, or nothing
-    for name, owner, attribute in targets:
-        owner.__dict__[attribute] = timed(name, getattr(owner, attribute))
-    try:
-        yield seconds
-    finally:
-        for (_, owner, attribute), function in zip(targets, before, strict=True):
-            if function is None:
-                del owner.__dict__[attribute]
-            else:
-                owner.__dict__[attribute] = function
 
 
 def exclusive(seconds: dict[str, list[float]], total: float) -> dict[str, float]:
@@ -119,7 +92,7 @@ def main() -> None:
         synchronize(model.device)
         updates.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with phase_timers(model) as seconds:
+    with timers(phases(model), model.device) as seconds:
         for _ in range(args.repeats):
             model.train(1, args.batch)
     with FlopCounterMode(display=False) as counter:
