@@ -1,0 +1,169 @@
+"""Draw the learning curves of a protocol and print its tables.
+
+Usage: python -m benchmarks.learning.draw p2 [--out docs/figures]
+
+The figure has the mean over seeds with its 95 % bootstrap interval, and the run of the authors' release where there is one.
+The tables (Markdown) are the return over the last 5,000 frames, and, beside a reference, every loss at some numbers of
+updates with the spread of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.learning.protocols import PROTOCOLS, REFERENCE, RESULTS, Protocol
+from sb3_dreamer_gpld.saving import atomic_file
+
+LAST_FRAMES = 5_000
+LOSS_UPDATES = (600, 1500, 2500, 3400)
+MARGIN = 0.1  # by which the seeds' spread is widened in the comparison of losses
+# Columns of the reference, and the metrics of ours that they stand beside (summed where there are several).
+LOSSES = {
+    "reconstruction": "loss/reconstruction",
+    "rew": "loss/reward",
+    "con": "loss/continue",
+    "dyn": "loss/dyn",
+    "rep": "loss/rep",
+    "gp_post": "gpld/posterior_penalty",
+    "value": "loss/value",
+}
+LABELS = {"gpld": "DreamerV3 + GPLD", "dreamer": "DreamerV3 (λ = 0)", "sac": "SAC"}
+Columns = dict[str, np.ndarray]
+
+
+def read(path: Path) -> Columns:
+    """Columns of a CSV file of numbers; an empty cell is NaN."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+
+
+def runs(name: str, arm: str, kind: str) -> dict[int, Columns]:
+    """Results of an arm by seed, as far as there are any.
+
+    :param kind: "returns" or "losses"
+    """
+    paths = sorted(RESULTS.glob(f"{name}_{arm}_*_{kind}.csv"))
+    return {int(path.stem.split("_")[-2]): read(path) for path in paths}
+
+
+def bootstrap(values: np.ndarray, repetitions: int = 2000) -> np.ndarray:
+    """95 % interval of the mean over seeds drawn with replacement.
+
+    :param values: (seeds, points)
+    :return: (2, points)
+    """
+    drawn = np.random.default_rng(0).integers(len(values), size=(repetitions, len(values)))
+    return np.percentile(values[drawn].mean(1), [2.5, 97.5], axis=0)
+
+
+def last_returns(columns: Columns) -> float:
+    """Mean return of the training episodes in the last frames."""
+    frames = columns["frames"]
+    return float(columns["episode_return"][frames > frames[-1] - LAST_FRAMES].mean())
+
+
+def draw(name: str, protocol: Protocol, out: Path) -> None:
+    """Learning curves as PNG."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for arm in protocol.arms:
+        by_seed = list(runs(name, arm, "returns").values())
+        if not by_seed:
+            continue
+        points = min(len(columns["frames"]) for columns in by_seed)
+        frames = by_seed[0]["frames"][:points]
+        returns = np.stack([columns["episode_return"][:points] for columns in by_seed])  # (seeds, points)
+        (line,) = axes.plot(frames, returns.mean(0), label=f"{LABELS[arm]} ({len(returns)} seeds)")
+        if len(returns) > 1:
+            axes.fill_between(frames, *bootstrap(returns), alpha=0.25, color=line.get_color())
+    if protocol.reference:
+        reference = read(REFERENCE / f"{protocol.reference}.csv")
+        axes.plot(reference["frames"], reference["episode_return"], "k--", label="authors' GPLD release (1 seed)")
+    axes.set(title=protocol.task, xlabel="frames", ylabel="return of training episodes")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / f"learning_{name}.png") as file:
+        file.write(picture.getvalue())
+
+
+def return_table(name: str, protocol: Protocol) -> list[str]:
+    """Return over the last frames and time of every arm."""
+    lines = [f"| {protocol.task} | seeds | return, last {LAST_FRAMES:,} frames | of each seed | minutes a run |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    last = {}
+    for arm in protocol.arms:
+        by_seed = runs(name, arm, "returns")
+        by_seed = {seed: columns for seed, columns in by_seed.items() if columns["frames"][-1] >= protocol.frames}
+        if not by_seed:
+            lines.append(f"| {LABELS[arm]} | none finished | | | |")
+            continue
+        values = np.array([last_returns(columns) for columns in by_seed.values()])
+        last[arm] = values
+        interval = "" if len(values) < 2 else " [{:.0f}, {:.0f}]".format(*bootstrap(values[:, None])[:, 0])
+        minutes = np.median([columns["seconds"][-1] / 60 for columns in by_seed.values()])
+        each = ", ".join(f"{value:.0f}" for value in values)
+        lines.append(f"| {LABELS[arm]} | {len(values)} | {values.mean():.0f}{interval} | {each} | {minutes:.0f} |")
+    if protocol.reference:
+        reference = read(REFERENCE / f"{protocol.reference}.csv")
+        lines.append(f"| authors' GPLD release | 1 | {last_returns(reference):.0f} | | |")
+    if {"gpld", "dreamer"} <= last.keys():
+        rng = np.random.default_rng(0)
+        means = [rng.choice(values, (2000, len(values))).mean(1) for values in (last["gpld"], last["dreamer"])]
+        low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+        difference = last["gpld"].mean() - last["dreamer"].mean()
+        lines.append(f"\nλ₀ = 0.5 minus λ₀ = 0: {difference:.0f}, 95 % interval [{low:.0f}, {high:.0f}].")
+    return lines
+
+
+def loss_table(name: str, protocol: Protocol) -> list[str]:
+    """Losses beside those of the reference, at some numbers of updates."""
+    by_seed = list(runs(name, "gpld", "losses").values())
+    assert protocol.reference
+    reference = read(REFERENCE / f"{protocol.reference}_losses.csv")
+    lines = ["| updates | loss | reference | ours, lowest to highest seed | within the widened spread |", "| --- " * 5 + "|"]
+    for updates in LOSS_UPDATES:
+        if not by_seed or any(columns["train/n_updates"][-1] < updates for columns in by_seed):
+            continue
+        if reference["updates"][-1] < updates:
+            continue
+        for name_, metric in LOSSES.items():
+            theirs = float(np.interp(updates, reference["updates"], reference[name_]))
+            ours = []
+            for columns in by_seed:
+                total = sum(values for key, values in columns.items() if key == metric or key.startswith(f"{metric}/"))
+                ours.append(float(np.interp(updates, columns["train/n_updates"], total)))
+            low, high = min(ours), max(ours)
+            widened = low - MARGIN * abs(low) <= theirs <= high + MARGIN * abs(high)
+            lines.append(f"| {updates} | {name_} | {theirs:.3f} | {low:.3f} to {high:.3f} | {'yes' if widened else 'NO'} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=tuple(PROTOCOLS))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    args = parser.parse_args()
+    protocol = PROTOCOLS[args.protocol]
+    draw(args.protocol, protocol, args.out)
+    print("\n".join(return_table(args.protocol, protocol)))
+    if protocol.reference:
+        print()
+        print("\n".join(loss_table(args.protocol, protocol)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
