@@ -22,17 +22,19 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 
 
-def split_parameters(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Give each name of ``:param a, b: …`` an entry of its own, and keep the stars of shapes from being read as emphasis."""
+def split_names(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Give each name of ``:param a, b: …`` and ``:raises A, B: …`` an entry of its own, and keep the stars of shapes from
+    being read as emphasis."""
     result = []
     for line in lines:
-        found = re.match(r":param ([\w ,]+,[\w ,]+):(.*)", line)
-        names = [part.strip() for part in found[1].split(",")] if found else [None]
-        for position, parameter in enumerate(names):
-            text = line if found is None else f":param {parameter}:{found[2] if position == 0 else ' likewise'}"
-            result.append(re.sub(r"(?<![\w`*])\*(?=\w)", r"\\*", text))
+        found = re.match(r":(param|raises) (\w+(?:, \w+)+):(.*)", line)
+        entries = [line]
+        if found:
+            field, (first, *others), text = found[1], found[2].split(", "), found[3]
+            entries = [f":{field} {first}:{text}", *(f":{field} {other}: likewise" for other in others)]
+        result += [re.sub(r"(?<![\w`*])\*(?=\w)", r"\\*", entry) for entry in entries]
     lines[:] = result
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", split_parameters)
+    app.connect("autodoc-process-docstring", split_names)
