@@ -25,6 +25,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import SIZES, ModelConfig
 from sb3_dreamer_gpld.envs import ActionRepeat
+from sb3_dreamer_gpld.saving import MODULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,7 +97,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[DreamerGPLD]:
     def small_setup(self: DreamerGPLD) -> None:
         most = dict(batch_size=2, batch_length=4, train_ratio=4, learning_starts=16, imagination_horizon=3, buffer_size=1000)
         for name, value in most.items():
-            setattr(self, name, min(getattr(self, name), value))
+            if getattr(self, name) is not None:
+                setattr(self, name, min(getattr(self, name), value))
         setup(self)
 
     def small_learn(self: DreamerGPLD, total_timesteps: int, *args: Any, **kwargs: Any) -> DreamerGPLD:
@@ -282,6 +284,11 @@ def test_every_size_and_constant_is_described() -> None:
         code(row[0]): dict(zip(names, map(int, row[1:]), strict=True)) for row in read_table("parameters.md", "## model_size")
     }
     assert sizes == {name: size for name, size in SIZES.items() if name != "debug"}
+
+
+def test_every_module_that_can_be_loaded_alone_is_named() -> None:
+    text = (ROOT / "docs" / "saving.md").read_text().split("The names are")[1].split(".")[0]
+    assert re.findall(r"`(\w+)`", text) == list(MODULES)
 
 
 def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
