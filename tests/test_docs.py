@@ -117,7 +117,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[DreamerGPLD]:
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
-@pytest.mark.filterwarnings("ignore:Your action space has dtype float64")
+@pytest.mark.filterwarnings("ignore:Your action space has dtype float64", "error:The replay buffer is empty")
 def test_python_runs(page: str, small: list[DreamerGPLD], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [block for block in BLOCKS if block.page == page and block.language == "python"]
     if re.search("dm_control|make_dmc|shimmy", "".join(block.text for block in blocks)):
