@@ -5,7 +5,7 @@ EXTRAS := dmc,zoo,extra,dev
 # The test processes share the cores, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: install demo test test-long lint format benchmark clean
+.PHONY: install demo test test-long lint format benchmark docs clean
 
 install: .venv/.installed
 
@@ -33,6 +33,16 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site comes into build/docs; a warning is an error.
+docs: .venv/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "the site is in build/docs/index.html"
+
+.venv/.installed-docs: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 benchmark: install
 	$(BIN)/python -m benchmarks.update_time --size 1m

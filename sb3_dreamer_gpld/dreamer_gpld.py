@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -211,6 +212,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
         # Of each update since the last look: its number, the names of its losses, and flags (losses + 1,) of what was not
         # finite, the gradient last
         self._faults: list[tuple[int, tuple[str, ...], Tensor]] = []
+        # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
+        self.num_frames = 0
+        self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         if _init_setup_model:
             self._setup_model()
 
@@ -341,6 +345,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-2).cpu().numpy()
         )
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self.num_frames += sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
 
     def _check_finite(
@@ -397,6 +402,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        self.num_frames = 0 if reset_num_timesteps else self.num_frames
+        self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
@@ -416,7 +423,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 break
             updates = self._due_updates(rollout.episode_timesteps)
             if updates > 0:
+                start = time.perf_counter()
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
+                self._update_seconds += time.perf_counter() - start
         callback.on_training_end()
         return self
 
@@ -577,10 +586,15 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._metric_count += 1
 
     def dump_logs(self) -> None:
-        """Write the log: means of every metric over the updates since the last time."""
+        """Write the log: means of every metric over the updates since the last time, and the share of time they took."""
         for name, total in self._metric_sums.items():
             self.logger.record(name, total.item() / self._metric_count)
         self._metric_sums, self._metric_count = {}, 0
+        now = time.perf_counter()
+        self.logger.record("time/update_share", self._update_seconds / max(now - self._logged_at, 1e-9))
+        self._update_seconds, self._logged_at = 0.0, now
+        if self.num_frames > self.num_timesteps:
+            self.logger.record("time/frames", self.num_frames)
         super().dump_logs()
 
     # -------------------------------------------------------------------------------------------- saving
@@ -700,7 +714,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_state", "_metric_sums", "_metric_count", "_faults"]
+        own = ["_state", "_metric_sums", "_metric_count", "_faults", "_update_seconds", "_logged_at"]
+        return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -34,11 +34,30 @@ def _at_least_one(name: str, value: Any) -> int:
     return int(value)
 
 
+def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
+    """How many steps of ``env`` make a second of simulated time.
+
+    For dm_control tasks it comes from the task's control timestep: Shimmy puts the milliseconds between two steps into
+    ``metadata["render_fps"]`` instead of the steps of a second.
+
+    :param env: The environment, wrapped or not
+    :return: Steps per second; what ``metadata["render_fps"]`` says for other environments, None if it is missing
+    """
+    layer, repeat = env, 1
+    while isinstance(layer, gym.Wrapper):
+        repeat *= layer.repeat if isinstance(layer, ActionRepeat) else 1
+        layer = layer.env
+    if hasattr(layer, "control_timestep"):
+        return 1 / (layer.control_timestep() * repeat)
+    return env.metadata.get("render_fps")
+
+
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Apply each action several times and return the sum of the rewards.
 
     Stops early when the episode ends. Observation and info are those of the last repetition; ``info["frames"]`` is the
-    number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode).
+    number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode). Videos run
+    at the speed of the simulation: ``metadata["render_fps"]`` counts one picture per action, see ``steps_per_second``.
 
     :param env: The environment to wrap
     :param repeat: How many times each action is applied, at least 1
@@ -48,9 +67,10 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         self.repeat = _at_least_one("repeat", repeat)
         RecordConstructorArgs.__init__(self, repeat=self.repeat)
         gym.Wrapper.__init__(self, env)
-        if env.metadata.get("render_fps"):
+        rate = steps_per_second(env)
+        if rate:
             # One rendered picture per action: a video at this rate runs at the speed of the wrapped environment.
-            self.metadata = {**env.metadata, "render_fps": env.metadata["render_fps"] / self.repeat}
+            self.metadata = {**env.metadata, "render_fps": rate / self.repeat}
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Apply ``action`` up to ``repeat`` times.
@@ -150,8 +170,7 @@ def make_dmc(
     unwrapped: Any = env.unwrapped
     if seed is not None:
         unwrapped.np_random = np.random.RandomState(seed)
-    # Shimmy gives the milliseconds between two steps as frames per second.
-    env.metadata = {**env.metadata, "render_fps": 1 / unwrapped.control_timestep()}
+    env.metadata = {**env.metadata, "render_fps": steps_per_second(env)}
     # Repeating comes first: only the last of the repeated states is worth a picture.
     if action_repeat != 1:
         env = ActionRepeat(env, action_repeat)

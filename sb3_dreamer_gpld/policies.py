@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -61,6 +61,10 @@ class DreamerPolicy(BasePolicy):
     :raises TypeError: an argument that does not exist
     """
 
+    # What the policy is built of: a subclass of it may name others.
+    world_model_class: ClassVar[type[WorldModel]] = WorldModel
+    actor_critic_class: ClassVar[type[ActorCritic]] = ActorCritic
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -87,8 +91,8 @@ class DreamerPolicy(BasePolicy):
         self.observation_spec = ObservationSpec.from_space(observation_space, normalize_images)
         self.action_spec = ActionSpec.from_space(action_space)
         self.config = self._make_config()
-        self.world_model = WorldModel(self.observation_spec, self.action_spec.size, self.config)
-        self.actor_critic = ActorCritic(self.action_spec, self.config)
+        self.world_model = self.world_model_class(self.observation_spec, self.action_spec.size, self.config)
+        self.actor_critic = self.actor_critic_class(self.action_spec, self.config)
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecTransposeImage
 
-from sb3_dreamer_gpld.envs import ActionRepeat, PixelObservation, make_dmc
+from sb3_dreamer_gpld.envs import ActionRepeat, PixelObservation, make_dmc, steps_per_second
 
 
 class Counter(gym.Env[np.ndarray, int]):
@@ -151,6 +151,26 @@ def test_dmc_seed_fixes_the_episodes() -> None:
 def test_dmc_videos_run_at_the_speed_of_the_simulation() -> None:
     assert make_dmc("walker-walk").metadata["render_fps"] == 40
     assert make_dmc("walker-walk", action_repeat=2).metadata["render_fps"] == 20
+
+
+@pytest.mark.usefixtures("dm_control")
+@pytest.mark.parametrize("task, seconds", [("walker-walk", 0.025), ("cartpole-swingup", 0.01), ("quadruped-walk", 0.02)])
+def test_wrapped_dmc_videos_run_at_the_speed_of_the_simulation(task: str, seconds: float) -> None:
+    """Also without make_dmc, as in hyperparameter files, where Shimmy's own rate (25 for walker) is wrong."""
+    env = gym.make(f"dm_control/{task}-v0")
+    assert steps_per_second(env) == pytest.approx(1 / seconds)
+    assert ActionRepeat(env, 1).metadata["render_fps"] == pytest.approx(1 / seconds)
+    twice = ActionRepeat(env, 2)
+    assert twice.metadata["render_fps"] == pytest.approx(1 / seconds / 2)
+    assert ActionRepeat(twice, 3).metadata["render_fps"] == pytest.approx(1 / seconds / 6)
+
+
+def test_speed_of_other_environments_is_what_they_say() -> None:
+    assert steps_per_second(Counter()) == 30
+    assert steps_per_second(ActionRepeat(Counter(), 3)) == 10
+    silent = Counter()
+    silent.metadata = {}
+    assert steps_per_second(silent) is None and "render_fps" not in ActionRepeat(silent, 2).metadata
 
 
 @pytest.mark.usefixtures("dm_control")

@@ -1,5 +1,6 @@
 """The command line: registration, commands through rl_zoo3, and the checker of hyperparameter files."""
 
+import inspect
 import json
 import os
 import re
@@ -126,15 +127,42 @@ def test_shipped_files_name_existing_environments(file: Path) -> None:
         assert len(entries) == 21
 
 
-def test_plain_dreamer_differs_in_penalty_and_horizon_only() -> None:
+def test_plain_dreamer_differs_in_the_penalty_only() -> None:
     plain, penalised = (yaml.safe_load((zoo.CONFIGS / f"{name}.yml").read_text()) for name in ("dreamer_v3", "dreamer_gpld"))
     assert plain.keys() == penalised.keys()
     for name, entry in plain.items():
-        both = set(entry.items() - penalised[name].items()) if name == "default" else set()
-        assert both in (set(), {("imagination_horizon", 15), ("posterior_penalty", 0)})
-        assert entry["posterior_penalty"] == 0 and entry["imagination_horizon"] == 15
-        assert entry.get("env_wrapper") == penalised[name].get("env_wrapper")
-        assert entry["n_timesteps"] == penalised[name]["n_timesteps"]
+        assert entry["posterior_penalty"] == 0 and entry.get("prior_penalty", 0) == 0
+        others = {key: value for key, value in penalised[name].items() if "penalty" not in key}
+        assert {key: value for key, value in entry.items() if "penalty" not in key} == others
+
+
+PAPER = {
+    "model_size": "12m",
+    "learning_rate": 4e-5,
+    "learning_rate_warmup": 1000,
+    "learning_starts": 1024,
+    "batch_size": 16,
+    "batch_length": 64,
+    "train_ratio": 512,
+    "imagination_horizon": 25,
+    "posterior_penalty": 0.5,
+    "penalty_fraction": 0.5,
+    "penalty_schedule": "sqrt_time",
+    "penalty_min": 0.001,
+}
+
+
+@pytest.mark.parametrize("name", ["dreamer_gpld", "dreamer_gpld_pixels"])
+def test_every_task_has_the_setting_of_the_paper(name: str) -> None:
+    wrappers = [{"sb3_dreamer_gpld.envs.ActionRepeat": {"repeat": 2}}]
+    for task, entry in yaml.safe_load((zoo.CONFIGS / f"{name}.yml").read_text()).items():
+        assert {key: entry[key] for key in PAPER} == PAPER, task
+        given = set(inspect.signature(DreamerGPLD).parameters) & set(entry)
+        assert given - {"policy", "buffer_size"} == set(PAPER), task  # what is not named keeps its default
+        if task != "default" or name == "dreamer_gpld_pixels":
+            assert entry["env_wrapper"][:1] == wrappers and entry["policy"] == "MultiInputPolicy", task
+        if name == "dreamer_gpld_pixels":
+            assert entry["env_wrapper"][1]["sb3_dreamer_gpld.envs.PixelObservation"]["size"] == [64, 64], task
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,344 @@
+"""The documentation: its code runs, its commands and hyperparameters exist, and its tables are those of the code.
+
+Python blocks of a page run one after the other in one namespace, as written, but for what would take long: see ``small``. A
+block after ``<!-- test: needs rendering -->`` is left out where there is no OpenGL.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import pytest
+import yaml
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.config import SIZES, ModelConfig
+from sb3_dreamer_gpld.envs import ActionRepeat
+from sb3_dreamer_gpld.saving import MODULES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LANGUAGES = {"python", "bash", "console", "yaml", "text", "bibtex"}
+OTHER_PROGRAMS = {"cd", "export", "git", "hf", "tensorboard", "torchrun"}
+STEPS, EPISODE = 40, 20
+
+
+class Block(NamedTuple):
+    """A fenced block.
+
+    :param page: the page's file name
+    :param line: of the page, where the block's text starts
+    :param language: what is written behind the fence
+    :param text: what is inside
+    :param rendering: whether it needs OpenGL
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+    rendering: bool
+
+
+def read_blocks(page: Path) -> Iterator[Block]:
+    """The blocks of a page; those of MyST's directives, as ``{toctree}``, are left out."""
+    lines = page.read_text().splitlines()
+    fence, start = "", 0
+    for number, line in enumerate(lines):
+        found = re.match(r"\s*(`{3,})(.*)$", line)
+        if not fence and found:
+            fence, language, start = found[1], found[2].strip(), number + 1
+        elif fence and line.strip() == fence:
+            text = textwrap.dedent("\n".join(lines[start:number])) + "\n"
+            comment = lines[start - 2] if start > 1 else ""
+            if not language.startswith("{"):
+                yield Block(page.name, start, language, text, "test: needs rendering" in comment)
+            fence = ""
+    assert not fence, f"{page.name}: the block of line {start} has no end"
+
+
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+
+
+def of(*languages: str) -> list[Any]:
+    """The blocks of some languages, as parameters of a test."""
+    return [pytest.param(block, id=f"{block.page}:{block.line}") for block in BLOCKS if block.language in languages]
+
+
+def test_every_block_names_its_language() -> None:
+    assert len(BLOCKS) > 20
+    nameless = [f"{block.page}:{block.line} {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
+    assert not nameless, f"allowed: {sorted(LANGUAGES)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[DreamerGPLD]:
+    """Cut what a block costs, and nothing else: sizes of nets and batches, steps of ``learn``, length of episodes.
+
+    :return: the models that were trained, filled while the block runs
+    """
+    trained: list[DreamerGPLD] = []
+    setup, learn, make = DreamerGPLD._setup_model, DreamerGPLD.learn, gym.make
+
+    def small_setup(self: DreamerGPLD) -> None:
+        most = dict(batch_size=2, batch_length=4, train_ratio=4, learning_starts=16, imagination_horizon=3, buffer_size=1000)
+        for name, value in most.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, min(getattr(self, name), value))
+        setup(self)
+
+    def small_learn(self: DreamerGPLD, total_timesteps: int, *args: Any, **kwargs: Any) -> DreamerGPLD:
+        trained.append(self)
+        return learn(self, min(total_timesteps, STEPS), *args, **kwargs)
+
+    def small_make(id: Any, *args: Any, **kwargs: Any) -> gym.Env:
+        return make(id, *args, **{"max_episode_steps": EPISODE, **kwargs})
+
+    for size in SIZES:
+        monkeypatch.setitem(SIZES, size, {**SIZES["debug"], "stoch": 32})
+    monkeypatch.setattr(DreamerGPLD, "_setup_model", small_setup)
+    monkeypatch.setattr(DreamerGPLD, "learn", small_learn)
+    monkeypatch.setattr(gym, "make", small_make)
+    return trained
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}))
+@pytest.mark.filterwarnings("ignore:Your action space has dtype float64", "error:The replay buffer is empty")
+def test_python_runs(page: str, small: list[DreamerGPLD], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block for block in BLOCKS if block.page == page and block.language == "python"]
+    if re.search("dm_control|make_dmc|shimmy", "".join(block.text for block in blocks)):
+        pytest.importorskip("shimmy")
+        pytest.importorskip("dm_control")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks:
+        if block.rendering and os.environ["MUJOCO_GL"] == "disabled":
+            continue
+        exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
+    assert all(model._n_updates > 0 for model in small), "a training of this page makes no update"
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+class Parsed(Exception):
+    """Ends a program when it has read its arguments, which are ``args[0]``."""
+
+
+def read_commands(text: str) -> Iterator[list[str]]:
+    """Commands of shell lines, without loops, comments, prompts and settings of variables."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(re.sub(r"\$\w+", "1", line.removeprefix("$ ")), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words and words[0] not in ("for", "done"):
+            yield words
+
+
+def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line read its arguments, and look up the files and environments that they name."""
+    pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld import zoo
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        raise Parsed(parse(self, *args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(zoo, "_prepare_training", lambda args: args)
+    monkeypatch.setattr(zoo, "_prepare_agent", lambda args, rendering: ([*args, "--algo", zoo.NAME, "-f", "logs"], Path()))
+    monkeypatch.setattr(zoo, "_has_display", lambda: True)
+    with pytest.raises(Parsed) as parsed:
+        zoo.main(words)
+    following = dict(zip(words, words[1:], strict=False))
+    config, env = following.get("-conf"), following.get("--env")
+    assert config is None or (zoo.CONFIGS / config).is_file(), config
+    if env is not None and not getattr(parsed.value.args[0], "gym_packages", None):
+        zoo._register_dm_control()
+        assert env in gym.registry or not zoo._knows_dm_control(), env
+
+
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """:raises AssertionError: the command does not exist, or does not take these arguments"""
+    program, *args = words
+    if program == "dreamer-gpld":
+        check_zoo_command(args, monkeypatch)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {arg for arg in args if "=" not in arg} <= set(targets)
+    elif program == "pip":
+        known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        extras = re.search(r"\[(.*)\]", " ".join(args))
+        assert args[0] == "install" and extras and set(extras[1].split(",")) <= set(known)
+    elif program == "python":
+        path = args[1].replace(".", "/") + ".py" if args[0] == "-m" else args[0]
+        if (ROOT / path).is_file():
+            text = (ROOT / path).read_text()
+            assert all(f'"{arg}"' in text for arg in args if arg.startswith("--")), args
+        else:
+            assert args[0] == "-m" and importlib.util.find_spec(args[1]), args
+    else:
+        assert program in OTHER_PROGRAMS, f"{program} is not known here"
+
+
+@pytest.mark.parametrize("block", of("bash", "console"))
+def test_commands_exist(block: Block) -> None:
+    text = block.text
+    if block.language == "console":
+        text = "\n".join(line for line in text.splitlines() if line.startswith("$ "))
+    commands = list(read_commands(text))
+    assert commands
+    for words in commands:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check_command(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make tset",
+        'pip install ".[dcm]"',
+        "python -m benchmarks.update_time --sizes 1m",
+        "python examples/dmo.py",
+        "dreamer-gpld trian",
+        "dreamer-gpld train --evalfreq 3",
+        "dreamer-gpld train --env dm_control/waker-walk-v0",
+        "dreamer-gpld train -conf dreamer_v4.yml",
+        "dremer-gpld train",
+    ],
+)
+def test_wrong_commands_are_found(line: str) -> None:
+    pytest.importorskip("shimmy")
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((AssertionError, SystemExit)):
+        for words in read_commands(line):
+            check_command(words, monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize("block", of("yaml"))
+def test_hyperparameters_are_valid(block: Block) -> None:
+    pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld.zoo_check import check_entry
+
+    entries = yaml.safe_load(block.text)
+    if not all(isinstance(entry, dict) and "policy" in entry for entry in entries.values()):
+        entries = {"part": {"n_timesteps": 1, "policy": "MultiInputPolicy", **entries}}
+    for name, entry in entries.items():
+        assert check_entry(entry) == [], name
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def read_table(page: str, title: str) -> list[list[str]]:
+    """Cells of all tables under a heading, without their heads.
+
+    :param page: file name
+    :param title: the heading, with its number signs
+    """
+    text = f"\n{(ROOT / 'docs' / page).read_text()}".split(f"\n{title}\n")[1]
+    text = re.split(rf"\n#{{1,{title.count('#')}}} ", text)[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")]
+    heads = [number - 1 for number, row in enumerate(rows) if set(row[0]) <= set("- ")]
+    return [row for number, row in enumerate(rows) if number not in heads and number - 1 not in heads]
+
+
+def code(cell: str) -> str:
+    """What stands in a cell as code, "" if nothing does."""
+    return cell.strip("`")
+
+
+def test_every_argument_of_the_constructor_is_described() -> None:
+    signature = dict(inspect.signature(DreamerGPLD).parameters)
+    rows = read_table("parameters.md", "## DreamerGPLD")
+    assert [code(row[0]) for row in rows] == list(signature)
+    for name, default, meaning, source in rows:
+        given = signature[code(name)].default
+        assert (default == "") == (given is inspect.Parameter.empty), name
+        assert default == "" or (type(eval(code(default))), eval(code(default))) == (type(given), given), name
+        assert meaning and source, name
+
+
+def test_every_size_and_constant_is_described() -> None:
+    rows = read_table("parameters.md", "## policy_kwargs")
+    assert {code(row[0]): eval(code(row[1])) for row in rows} == {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    names = ("deter", "hidden", "classes", "units", "depth")
+    sizes = {
+        code(row[0]): dict(zip(names, map(int, row[1:]), strict=True)) for row in read_table("parameters.md", "## model_size")
+    }
+    assert sizes == {name: size for name, size in SIZES.items() if name != "debug"}
+
+
+def test_every_module_that_can_be_loaded_alone_is_named() -> None:
+    text = (ROOT / "docs" / "saving.md").read_text().split("The names are")[1].split(".")[0]
+    assert re.findall(r"`(\w+)`", text) == list(MODULES)
+
+
+def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model = DreamerGPLD(
+        "MlpPolicy",
+        ActionRepeat(gym.make("CartPole-v1"), 2),
+        model_size="debug",
+        batch_size=2,
+        batch_length=4,
+        train_ratio=4,
+        learning_starts=16,
+        imagination_horizon=3,
+        prior_penalty=0.1,
+        tensorboard_log=str(tmp_path),
+        device="cpu",
+    )
+    evaluation = EvalCallback(Monitor(gym.make("CartPole-v1")), n_eval_episodes=1, eval_freq=50)
+    model.learn(60, callback=evaluation, log_interval=1)
+    events = accumulator.EventAccumulator(str(tmp_path / "DreamerGPLD_1"))
+    events.Reload()
+    described = {name for row in read_table("logging.md", "# Watching a run") for name in re.findall(r"\w+/\w+", row[0])}
+    assert set(events.Tags()["scalars"]) == described
+
+    frames = events.Scalars("time/frames")[-1]
+    assert frames.step < frames.value <= 2 * frames.step
+    assert 0 < events.Scalars("time/update_share")[-1].value < 1
+    assert events.Scalars("gpld/posterior_lambda")[-1].value == pytest.approx(0.5, rel=0.1)
+
+
+def test_frames_are_logged_only_where_actions_are_repeated(tmp_path: Path) -> None:
+    model = DreamerGPLD("MlpPolicy", "CartPole-v1", model_size="debug", device="cpu", verbose=1)
+    model.learn(30, log_interval=1)
+    assert model.num_frames == model.num_timesteps == 30
+    repeated = DreamerGPLD("MlpPolicy", ActionRepeat(gym.make("CartPole-v1"), 2), model_size="debug", device="cpu")
+    repeated.learn(30)
+    first = repeated.num_frames
+    assert 30 < first <= 60
+    repeated.learn(30, reset_num_timesteps=False)
+    assert 60 < repeated.num_frames <= 120 and repeated.num_frames > first
+    repeated.save(tmp_path / "model")
+    assert DreamerGPLD.load(tmp_path / "model").num_frames == repeated.num_frames
+    assert repeated.learn(30).num_frames <= 60
+
+
+# -------------------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
