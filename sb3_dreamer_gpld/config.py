@@ -405,13 +405,17 @@ class ActionSpec:
 
     @classmethod
     def from_space(cls, space: spaces.Space) -> ActionSpec:
-        """:raises ValueError: not a Box, Discrete, MultiDiscrete or MultiBinary space"""
+        """:raises ValueError: not a Box, Discrete, one-dimensional MultiDiscrete or MultiBinary space"""
         if isinstance(space, spaces.Box):
             return cls(space.shape)
         if isinstance(space, spaces.Discrete):
             return cls((), (int(space.n),), int(space.start))
         if isinstance(space, spaces.MultiDiscrete):
             _check_start("the action space", space)
+            if len(space.shape) != 1:
+                raise ValueError(
+                    f"the action space is a MultiDiscrete of shape {space.shape}; allowed: one dimension. You can flatten it"
+                )
             return cls(space.shape, tuple(int(n) for n in space.nvec.flatten()))
         if isinstance(space, spaces.MultiBinary):
             return cls(space.shape, (2,) * math.prod(space.shape))

@@ -168,7 +168,7 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, C, K),
             action (N, A)); the arguments are left as they are
-        :raises ValueError: the state belongs to another number of environments
+        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
@@ -181,7 +181,9 @@ class DreamerPolicy(BasePolicy):
             memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
             if len(memory.deter) != n:
                 raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n} observations")
-        is_first = np.zeros(n, dtype=bool) if episode_start is None else np.asarray(episode_start, dtype=bool).reshape(n)
+        is_first = np.zeros(n, dtype=bool) if episode_start is None else np.array(episode_start, dtype=bool).reshape(-1)
+        if len(is_first) != n:
+            raise ValueError(f"episode_start has {len(is_first)} entries, but there are {n} observations")
         memory = self.act(tensors, memory, th.as_tensor(is_first, device=self.device), deterministic)
         actions = self.to_env_action(memory.action)
         if not vectorized:
