@@ -364,7 +364,10 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
     where = f"observation {name!r}" if name else "the observation space"
     if isinstance(space, spaces.Box):
         if is_image_space(space, check_channels=False, normalized_image=not normalize_images):
-            first = is_image_space_channels_first(space)
+            # SB3 hands uint8 images over channels first. An image side has 16 pixels at least, so only a shape of three
+            # such numbers leaves open which of them the channels are.
+            ambiguous = min(space.shape) >= MIN_IMAGE_SIDE
+            first = (ambiguous and space.dtype == np.uint8) or is_image_space_channels_first(space)
             channels, height, width = space.shape if first else (space.shape[2], *space.shape[:2])
             if min(height, width) < MIN_IMAGE_SIDE:
                 raise ValueError(

@@ -377,6 +377,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
+        self._check_normalization()
         self._check_finite(self._last_obs)
         while self.num_timesteps < total_timesteps:
             rollout = self.collect_rollouts(
@@ -395,6 +396,21 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
         callback.on_training_end()
         return self
+
+    def _check_normalization(self) -> None:
+        """:raises ValueError: a wrapper outside VecNormalize changes the shape, so that what is stored cannot be normalised"""
+        if self._vec_normalize_env is None:
+            return
+
+        def shapes(space: spaces.Space) -> Any:
+            return {k: s.shape for k, s in space.items()} if isinstance(space, spaces.Dict) else space.shape
+
+        inner, outer = shapes(self._vec_normalize_env.observation_space), shapes(self.observation_space)
+        if inner != outer:
+            raise ValueError(
+                f"VecNormalize sees observations of shape {inner}, the algorithm {outer}. VecNormalize must be the outermost "
+                "of the wrappers that change the shape: VecNormalize(VecTransposeImage(VecFrameStack(env)))"
+            )
 
     def _compile_if_it_pays(self, steps: int) -> None:
         """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""

@@ -122,6 +122,17 @@ class DreamerPolicy(BasePolicy):
 
     # ------------------------------------------------------------------------------------------ acting
 
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As SB3 does it, but entries of a Dict without any number in them are left out.
+
+        :param observation: one observation, or N of them
+        :return: N observations on the policy's device, and whether there were N of them or one
+        """
+        if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
+            empty = {name for name, space in self.observation_space.items() if 0 in (space.shape or ())}
+            observation = {name: value for name, value in observation.items() if name not in empty}
+        return super().obs_to_tensor(observation)
+
     def initial_state(self, n_envs: int) -> RecurrentState:
         """State before the first step of N environments: zeros."""
         deter, stoch = self.world_model.rssm.initial(n_envs)
