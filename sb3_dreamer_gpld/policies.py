@@ -150,7 +150,7 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
         """
-        n, config = len(is_first), self.config
+        n, config = is_first.shape[0], self.config  # not len(): it would fix N in an exported program
         tokens = self.world_model.encode(as_dict(observation), (n, 1))  # (N, 1, E)
         noise = None if deterministic else th.rand(n, 1, config.stoch, device=tokens.device)
         states = self.world_model.rssm.observe(
