@@ -18,7 +18,13 @@ from sb3_dreamer_gpld import DreamerGPLD
 
 # A small model that learns seldom; what a test passes itself has precedence.
 DEFAULTS: dict[str, Any] = dict(
-    model_size="debug", batch_size=4, batch_length=8, imagination_horizon=3, train_ratio=2, learning_starts=40
+    model_size="debug",
+    batch_size=4,
+    batch_length=8,
+    imagination_horizon=3,
+    train_ratio=2,
+    learning_starts=40,
+    buffer_size=5000,
 )
 # Arguments that only some of SB3's algorithms have. Any other one must be known to DreamerGPLD.
 OTHERS_ARGUMENTS = {

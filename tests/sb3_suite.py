@@ -64,7 +64,7 @@ SELECTION: dict[str, dict[str, str]] = {
         "test_policy_hint": "PPO",
         "test_goal_env": "A2C",
         "test_consistency": "SAC DQN",
-        "test_dict_spaces": "SAC DQN",
+        "test_dict_spaces": "SAC",
         "test_multiprocessing": "SAC",
         "test_dict_vec_framestack": "SAC DQN",
         "test_vec_normalize": "SAC DQN",
@@ -75,7 +75,7 @@ SELECTION: dict[str, dict[str, str]] = {
         "test_channel_first_env": "A2C",
         "test_image_like_input": "SAC DQN",
     },
-    "test_deterministic.py": {"test_deterministic_training_common": "SAC DQN"},
+    "test_deterministic.py": {"test_deterministic_training_common": "SAC"},
     "test_logger.py": {
         "test_fps_no_div_zero": "DQN",
         "test_ep_buffers_stats_window_size": "DQN",
@@ -94,7 +94,17 @@ SELECTION: dict[str, dict[str, str]] = {
     "test_custom_policy.py": {"test_custom_offpolicy": "SAC", "test_custom_optimizer": "SAC"},
 }
 # Those that take long; they run in the part "long", all others in the part "short".
-LONG: set[str] = set()
+LONG = {
+    "test_callbacks.py::test_callbacks",
+    "test_callbacks.py::test_eval_callback_chaining",
+    "test_spaces.py::test_identity_spaces",
+    "test_dict_env.py::test_multiprocessing",
+    "test_dict_env.py::test_dict_vec_framestack",
+    "test_dict_env.py::test_vec_normalize",
+    "test_logger.py::test_rollout_success_rate_onpolicy_algo",
+    "test_utils.py::test_evaluate_policy",
+    "test_utils.py::test_evaluate_policy_monitors",
+}
 
 
 def selected(part: str) -> dict[str, list[str]]:
@@ -119,7 +129,8 @@ def fetch() -> Path:
     :raises NoNetwork: there is no connection
     :raises RuntimeError: pip failed for another reason
     """
-    name = f"stable_baselines3-{importlib.metadata.version('stable-baselines3')}"
+    version = importlib.metadata.version("stable-baselines3")
+    name = f"stable_baselines3-{version}"
     folder = CACHE / name
     if folder.is_dir():
         return folder
@@ -127,7 +138,7 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
         pip = subprocess.run(
-            [*command, "--dest", temporary, name.replace("_", "-", 1).replace("baselines3-", "baselines3==")],
+            [*command, "--dest", temporary, f"stable-baselines3=={version}"],
             capture_output=True,
             text=True,
             check=False,

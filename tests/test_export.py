@@ -59,7 +59,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     return program.module(), json.loads(files["policy.json"])
 
 
-SHORT = ("vector, box", "image, discrete", "dict, multi-discrete")  # each export takes some seconds
+SHORT = ("vector, box", "dict, multi-discrete")  # each export takes some seconds
 
 
 @pytest.mark.parametrize("name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in CASES])

@@ -11,6 +11,14 @@ import pytest
 import sb3_suite
 
 
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_run" name="test_dqn"/>
+<testcase classname="tests.test_run" name="test_train_freq[4]"><failure message="no">E  it broke</failure></testcase>
+<testcase classname="tests.test_cnn" name="test_cnn[SAC]"><skipped message="no GPU"/></testcase>
+<testcase classname="" name="tests.test_gone"><error message="collection failure">ImportError</error></testcase>
+</testsuite></testsuites>"""
+
+
 def check(part: str, folder: Path, timeout: float) -> None:
     try:
         sb3_suite.fetch()
@@ -21,6 +29,27 @@ def check(part: str, folder: Path, timeout: float) -> None:
     assert not failures, f"{len(failures)} tests of SB3 failed:\n" + "\n\n".join(failures)
     missing = [name for name in sb3_suite.selected(part) if not result.has_run(name)]
     assert not missing, f"tests of SB3 that were not found, or only skipped: {missing}"
+
+
+def test_failures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of SB3 that failed, could not be imported, or was only skipped is not taken for one that passed."""
+    (tmp_path / "report.xml").write_text(REPORT)
+    result = sb3_suite.Result(tmp_path / "report.xml")
+    assert result.passed == ["test_run.py::test_dqn"]
+    assert result.failed["test_run.py::test_train_freq[4]"] == "E  it broke" and len(result.failed) == 2
+    assert result.has_run("test_run.py::test_dqn") and not result.has_run("test_cnn.py::test_cnn")
+    monkeypatch.setattr(sb3_suite, "fetch", lambda: tmp_path)
+    monkeypatch.setattr(sb3_suite, "run", lambda *args: result)
+    with pytest.raises(AssertionError, match=r"(?s)2 tests of SB3 failed.*test_run.py::test_train_freq\[4\]\nE  it broke"):
+        check("short", tmp_path, 1.0)
+    result.failed.clear()
+    with pytest.raises(AssertionError, match="only skipped.*test_cnn.py::test_cnn'"):
+        check("short", tmp_path, 1.0)
+
+
+def test_every_long_test_is_selected() -> None:
+    assert set(sb3_suite.selected("long")) == sb3_suite.LONG
+    assert not set(sb3_suite.selected("short")) & sb3_suite.LONG
 
 
 def test_short(tmp_path: Path) -> None:
