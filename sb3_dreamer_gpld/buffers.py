@@ -146,6 +146,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     def _obs_spec(self, space: spaces.Space, stored_shape: tuple[int, ...]) -> _ObsSpec:
         # float64 is stored as float32: the nets compute in float32 anyway, and it is half the memory
         dtype = np.dtype(self._maybe_cast_dtype(space.dtype))
+        if isinstance(space, spaces.MultiDiscrete):
+            stored_shape = space.shape  # SB3 counts the first dimension only
         return _ObsSpec(stored_shape, space.shape or (), dtype)
 
     def reset(self) -> None:

@@ -364,7 +364,10 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
     where = f"observation {name!r}" if name else "the observation space"
     if isinstance(space, spaces.Box):
         if is_image_space(space, check_channels=False, normalized_image=not normalize_images):
-            first = is_image_space_channels_first(space)
+            # SB3 hands uint8 images over channels first. An image side has 16 pixels at least, so only a shape of three
+            # such numbers leaves open which of them the channels are.
+            ambiguous = min(space.shape) >= MIN_IMAGE_SIDE
+            first = (ambiguous and space.dtype == np.uint8) or is_image_space_channels_first(space)
             channels, height, width = space.shape if first else (space.shape[2], *space.shape[:2])
             if min(height, width) < MIN_IMAGE_SIDE:
                 raise ValueError(
@@ -405,13 +408,17 @@ class ActionSpec:
 
     @classmethod
     def from_space(cls, space: spaces.Space) -> ActionSpec:
-        """:raises ValueError: not a Box, Discrete, MultiDiscrete or MultiBinary space"""
+        """:raises ValueError: not a Box, Discrete, one-dimensional MultiDiscrete or MultiBinary space"""
         if isinstance(space, spaces.Box):
             return cls(space.shape)
         if isinstance(space, spaces.Discrete):
             return cls((), (int(space.n),), int(space.start))
         if isinstance(space, spaces.MultiDiscrete):
             _check_start("the action space", space)
+            if len(space.shape) != 1:
+                raise ValueError(
+                    f"the action space is a MultiDiscrete of shape {space.shape}; allowed: one dimension. You can flatten it"
+                )
             return cls(space.shape, tuple(int(n) for n in space.nvec.flatten()))
         if isinstance(space, spaces.MultiBinary):
             return cls(space.shape, (2,) * math.prod(space.shape))

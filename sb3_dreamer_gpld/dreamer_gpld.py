@@ -25,6 +25,7 @@ from torch import Tensor
 from sb3_dreamer_gpld.actor_critic import ImaginationDraws
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
+from sb3_dreamer_gpld.envs import lost_processes
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
 from sb3_dreamer_gpld.gpld import penalty_weight
 from sb3_dreamer_gpld.optim import LaProp
@@ -398,6 +399,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: start counting afresh, and reset the environment
         :param progress_bar: show one
+        :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
+        :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -407,18 +410,25 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
+        self._check_normalization()
         self._check_finite(self._last_obs)
         self._resume(reset_num_timesteps)
         while self.num_timesteps < total_timesteps:
-            rollout = self.collect_rollouts(
-                self.env,
-                train_freq=self.train_freq,
-                action_noise=self.action_noise,
-                callback=callback,
-                learning_starts=self.learning_starts,
-                replay_buffer=self.replay_buffer,
-                log_interval=log_interval,
-            )
+            try:
+                rollout = self.collect_rollouts(
+                    self.env,
+                    train_freq=self.train_freq,
+                    action_noise=self.action_noise,
+                    callback=callback,
+                    learning_starts=self.learning_starts,
+                    replay_buffer=self.replay_buffer,
+                    log_interval=log_interval,
+                )
+            except (EOFError, ConnectionError) as error:
+                lost = lost_processes(self.env)
+                if not lost:
+                    raise
+                raise RuntimeError(f"At step {self.num_timesteps} {lost}") from error
             if not rollout.continue_training:
                 break
             updates = self._due_updates(rollout.episode_timesteps)
@@ -443,6 +453,21 @@ class DreamerGPLD(OffPolicyAlgorithm):
                     stacklevel=3,
                 )
         self._rng_states = None
+
+    def _check_normalization(self) -> None:
+        """:raises ValueError: a wrapper outside VecNormalize changes the shape, so that what is stored cannot be normalised"""
+        if self._vec_normalize_env is None:
+            return
+
+        def shapes(space: spaces.Space) -> Any:
+            return {k: s.shape for k, s in space.items()} if isinstance(space, spaces.Dict) else space.shape
+
+        inner, outer = shapes(self._vec_normalize_env.observation_space), shapes(self.observation_space)
+        if inner != outer:
+            raise ValueError(
+                f"VecNormalize sees observations of shape {inner}, the algorithm {outer}. VecNormalize must be the outermost "
+                "of the wrappers that change the shape: VecNormalize(VecTransposeImage(VecFrameStack(env)))"
+            )
 
     def _compile_if_it_pays(self, steps: int) -> None:
         """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""

@@ -1,4 +1,4 @@
-"""Environment helpers: repeated actions, and dm_control tasks through Shimmy.
+"""Environment helpers: repeated actions, dm_control tasks through Shimmy, and what became of environment processes.
 
 The wrappers take plain numbers and lists only, so that a hyperparameter file of rl_zoo3 can name them::
 
@@ -9,6 +9,7 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 
 import difflib
 from collections.abc import Sequence
+from multiprocessing import connection
 from numbers import Integral
 from typing import Any, SupportsFloat
 
@@ -16,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 _DM_CONTROL = "dm_control/"
 
@@ -177,6 +179,27 @@ def make_dmc(
     if pixels:
         env = PixelObservation(env, size, camera_id)
     return env
+
+
+def lost_processes(env: VecEnv) -> str:
+    """Tell which processes of a SubprocVecEnv have ended; SB3 itself only raises an EOFError or a BrokenPipeError.
+
+    :param env: A vectorised environment, wrapped or not
+    :return: "the process of environment 1 ended ...", or "" if none has, or there are no processes
+    """
+    unwrapped = env.unwrapped
+    if not isinstance(unwrapped, SubprocVecEnv):
+        return ""
+    # The pipe breaks a moment before the process is gone.
+    connection.wait([process.sentinel for process in unwrapped.processes], timeout=5.0)
+    ended = []
+    for number, process in enumerate(unwrapped.processes):
+        if process.exitcode is not None:
+            how = (
+                f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
+            )
+            ended.append(f"the process of environment {number} {how}")
+    return f"{' and '.join(ended)}; an error of its own is printed above" if ended else ""
 
 
 def _find_task(task: str) -> str:

@@ -181,6 +181,17 @@ class DreamerPolicy(BasePolicy):
 
     # ------------------------------------------------------------------------------------------ acting
 
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As SB3 does it, but entries of a Dict without any number in them are left out.
+
+        :param observation: one observation, or N of them
+        :return: N observations on the policy's device, and whether there were N of them or one
+        """
+        if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
+            empty = {name for name, space in self.observation_space.items() if 0 in (space.shape or ())}
+            observation = {name: value for name, value in observation.items() if name not in empty}
+        return super().obs_to_tensor(observation)
+
     def initial_state(self, n_envs: int) -> RecurrentState:
         """State before the first step of N environments: zeros."""
         deter, stoch = self.world_model.rssm.initial(n_envs)
@@ -198,7 +209,7 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
         """
-        n, config = len(is_first), self.config
+        n, config = is_first.shape[0], self.config  # not len(): it would fix N in an exported program
         tokens = self.world_model.encode(as_dict(observation), (n, 1))  # (N, 1, E)
         noise = None if deterministic else th.rand(n, 1, config.stoch, device=tokens.device)
         states = self.world_model.rssm.observe(
@@ -227,7 +238,7 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, C, K),
             action (N, A)); the arguments are left as they are
-        :raises ValueError: the state belongs to another number of environments
+        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
@@ -240,7 +251,9 @@ class DreamerPolicy(BasePolicy):
             memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
             if len(memory.deter) != n:
                 raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n} observations")
-        is_first = np.zeros(n, dtype=bool) if episode_start is None else np.asarray(episode_start, dtype=bool).reshape(n)
+        is_first = np.zeros(n, dtype=bool) if episode_start is None else np.array(episode_start, dtype=bool).reshape(-1)
+        if len(is_first) != n:
+            raise ValueError(f"episode_start has {len(is_first)} entries, but there are {n} observations")
         memory = self.act(tensors, memory, th.as_tensor(is_first, device=self.device), deterministic)
         actions = self.to_env_action(memory.action)
         if not vectorized:
