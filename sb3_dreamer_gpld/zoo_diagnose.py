@@ -118,7 +118,8 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
             raise ModuleNotFoundError("--video also writes for TensorBoard: pip install tensorboard")
     elif options.image:
         raise ValueError("--image chooses the picture of a video; it needs --video")
-    env = make_vec_env(options.env, n_envs=1, seed=options.seed, wrapper_class=wrapper)
+    # By a function: the id alone would make an environment that renders
+    env = make_vec_env(lambda: gym.make(options.env), n_envs=1, seed=options.seed, wrapper_class=wrapper)
     wrapped = DreamerGPLD._wrap_env(env, verbose=0, monitor_wrapper=False)
     for name, model in models.items():
         try:
