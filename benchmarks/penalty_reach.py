@@ -1,7 +1,7 @@
 """How far the penalty's gradient reaches, and what it does to the smoothness of the world model, in short runs.
 
-Usage: python -m benchmarks.penalty_reach [--task cartpole-swingup] [--size debug] [--batch 8] [--length 32] [--steps 3000]
-       [--train-ratio 64] [--seeds 3] [--arms off posterior prior both] [--every 100] [--max-runs N]
+Usage: python -m benchmarks.penalty_reach [--task cartpole-swingup] [--size debug] [--batch 16] [--length 16] [--steps 2000]
+       [--train-ratio 64] [--learning-rate 1e-3] [--seeds 3] [--arms off posterior prior both] [--every 60] [--max-runs N]
        python -m benchmarks.penalty_reach --draw
        python -m benchmarks.penalty_reach --variance
 
@@ -341,12 +341,12 @@ def main() -> None:
     parser.add_argument("--task", default="cartpole-swingup")
     parser.add_argument("--action-repeat", type=int, default=2)
     parser.add_argument("--size", default="debug")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--train-ratio", type=float, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--every", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--max-runs", type=int, help="make at most so many runs now")

@@ -202,7 +202,8 @@ class Smoothness(NamedTuple):
     :param kl: :func:`posterior_sensitivity` by scale, (N,) each
     :param posterior_jacobian, prior_jacobian: :func:`jacobian_norms`, (N,) each
     :param transition_ratio: :func:`imagined_ratios`, (H·min(N, rollouts),)
-    :param input_rms: root mean square of the numbers in u, (N,): a net whose inputs shrink looks smoother without being so
+    :param input_rms: root mean square of the numbers in u, (N,): inputs that are only spread out more make the
+        other numbers smaller, too
     """
 
     kl: dict[float, Tensor]
