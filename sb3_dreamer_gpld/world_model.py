@@ -122,6 +122,12 @@ class WorldModel(nn.Module):
 
     # -------------------------------------------------------------------------------------- predictions
 
+    def decode(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Predicted observations of features (*batch, D + C·K), in the form of :meth:`targets`."""
+        deter, stoch = features.split([self.config.deter, self.config.stoch_size], -1)
+        vectors = [] if self.vector_decoder is None else self._split_vectors(self.vector_decoder(features))
+        return vectors, self._decode_images(deter, stoch)
+
     def predict_reward(self, outputs: Tensor) -> Tensor:
         """Expected reward of the reward head's outputs (..., bins), (...)."""
         return two_hot_mean(outputs, self.bins)

@@ -425,6 +425,38 @@ def _plot(args: list[str]) -> None:
         zoo_plot.main(NAME)
 
 
+def _diagnose(args: list[str]) -> None:
+    try:
+        from sb3_dreamer_gpld import zoo_diagnose
+    except ModuleNotFoundError as error:
+        _fail(f'plots need {error.name}: pip install "sb3-dreamer-gpld[extra]"')
+    options = zoo_diagnose.parse(args)
+    wrapper = None
+    _prepare_environment(options.env, options.gym_packages, rendering=False)
+    if options.conf_file is not None:
+        wrapper = _find_wrapper(options.conf_file, options.env)
+    try:
+        setup = zoo_diagnose.prepare(options, wrapper)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+    zoo_diagnose.run(options, setup)
+
+
+def _find_wrapper(conf_file: str, env_id: str) -> Callable[[gym.Env], gym.Env] | None:
+    """Wrappers of the environment in a hyperparameter file.
+
+    :raises SystemExit: the file is wrong, or has wrappers around the vectorised environment too
+    """
+    register()
+    from rl_zoo3.utils import get_wrapper_class
+
+    name, entry = _choose_entry(_find_config(conf_file), env_id)
+    for key in ("frame_stack", "normalize", "vec_env_wrapper"):
+        if entry.get(key):
+            _fail(f"{conf_file}, {name}: diagnose knows env_wrapper only, not {key}")
+    return get_wrapper_class(entry)
+
+
 def _check(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dreamer-gpld check", description="Look for mistakes in hyperparameter files.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a YAML file, or the name of one of the package")
@@ -458,6 +490,7 @@ COMMANDS: dict[str, Command] = {
     "record-video": Command(_record_video, "record a trained agent as mp4"),
     "optimize": Command(_optimize, "search hyperparameters with Optuna"),
     "plot": Command(_plot, "draw learning curves, and the aggregate over tasks, as PNG"),
+    "diagnose": Command(_diagnose, "measure a world model's smoothness and its open-loop errors"),
     "push-to-hub": Command(_push_to_hub, "upload a trained agent to the Hugging Face hub, or only make the files"),
     "check": Command(_check, "look for mistakes in hyperparameter files"),
 }
