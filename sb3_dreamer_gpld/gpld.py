@@ -85,21 +85,18 @@ def row_penalty(
 
     if probes is not None:
         v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
-        cotangents = v
-    else:  # one cotangent for each class: the rows of diag(p) − ppᵀ
-        v = th.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)  # (R, n, C, C)
-        cotangents = v.flatten(1, 2)  # (R, n·C, C)
-        local = [_Local(*(t.repeat_interleave(classes, 0) for t in at)) for at in local]
-    d = th.bmm(cotangents, weight)  # (R, n, h), or (R, n·C, h)
-
+        d = th.bmm(v, weight).unsqueeze(2)  # (R, n, 1, h): one cotangent for each row and state
+    else:
+        # The rows of diag(p) − ppᵀ sum to 0, so they act on the logits' differences to the last one alone.
+        d = (weight[:, :-1] - weight[:, -1:]).unsqueeze(1)  # (R, 1, C − 1, h), the same for all states
     for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
         d = _through_norm(d, at) @ layer.weight
-    d = _through_norm(d, local[0])
-    first = layers[0].weight
-    gram = first @ first.T  # (h, h)
-    squares = ((d @ gram) * d).sum(-1)  # (R, n), or (R, n·C)
+    squares = _gram(d, local[0], layers[0].weight)  # (R, n, 1, 1), or (R, n, C − 1, C − 1)
     if probes is None:
-        squares = squares.view(len(weight), -1, classes).sum(-1)  # (R, n)
+        v = (th.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))[..., :-1]  # (R, n, C, C − 1)
+        squares = (v @ squares * v).sum((-2, -1))  # trace of v·squares·vᵀ
+    else:
+        squares = squares[:, :, 0, 0]
     return (1.0 - unimix) ** 2 * squares.mean(0)
 
 
@@ -113,10 +110,34 @@ def _forward(layer: Layer, x: Tensor) -> tuple[Tensor, _Local]:
 
 
 def _through_norm(d: Tensor, at: _Local) -> Tensor:
-    """Cotangents (R, n, h) of a layer's output as cotangents of its pre-activation z."""
-    y = d * at.slope  # (R, n, h)
-    along = (y * at.z).sum(-1, keepdim=True) * (at.rms_inverse.square() / at.z.shape[-1])  # (R, n, 1)
-    return (y - at.z * along) * at.rms_inverse
+    """Cotangents (R, n or 1, q, h) of a layer's output as cotangents (R, n, q, h) of its pre-activation z."""
+    y = d * at.slope.unsqueeze(1)  # (R, n, q, h)
+    z, rms_inverse = at.z.unsqueeze(1), at.rms_inverse.unsqueeze(1)  # (n, 1, h), (n, 1, 1)
+    along = (y * z).sum(-1, keepdim=True) * (rms_inverse.square() / z.shape[-1])  # (R, n, q, 1)
+    return (y - z * along) * rms_inverse
+
+
+def _gram(d: Tensor, at: _Local, weight: Tensor) -> Tensor:
+    """Inner products of the cotangents of the net's input that belong to cotangents of the first layer's output.
+
+    With y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with G = W Wᵀ the
+    inner product of two of them, through W, is r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz): the y are the only large
+    arrays.
+
+    :param d: q cotangents of each row, (R, n or 1, q, h)
+    :param at: of the first layer
+    :param weight: of the first layer, (h, I)
+    :return: (R, n, q, q)
+    """
+    gram = weight @ weight.T  # (h, h)
+    y = d * at.slope.unsqueeze(1)  # (R, n, q, h)
+    gy = y @ gram  # (R, n, q, h)
+    z, rr = at.z.unsqueeze(1), at.rms_inverse.square().unsqueeze(1)  # (n, 1, h), (n, 1, 1)
+    a = (y * z).sum(-1, keepdim=True) * (rr / z.shape[-1])  # (R, n, q, 1)
+    across = (gy * z).sum(-1, keepdim=True) * a.mT  # (R, n, q, q): yᵀGz times a of the other
+    own = a * a.mT * (z @ gram * z).sum(-1, keepdim=True)  # (R, n, q, q)
+    inner = y @ gy.mT if y.shape[2] > 1 else (y * gy).sum(-1, keepdim=True)  # (R, n, q, q)
+    return rr * (inner - across - across.mT + own)
 
 
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:

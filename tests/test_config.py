@@ -307,7 +307,6 @@ def test_dict_in_a_dict() -> None:
         (spaces.Discrete(4), ActionSpec((), (4,)), 4),
         (spaces.Discrete(4, start=3), ActionSpec((), (4,), 3), 4),
         (spaces.MultiDiscrete([3, 2]), ActionSpec((2,), (3, 2)), 5),
-        (spaces.MultiDiscrete([[3, 2], [4, 5]]), ActionSpec((2, 2), (3, 2, 4, 5)), 14),
         (spaces.MultiBinary(3), ActionSpec((3,), (2, 2, 2)), 6),
         (spaces.MultiBinary([2, 2]), ActionSpec((2, 2), (2, 2, 2, 2)), 8),
     ],

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import sb3_suite
 
-
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_run" name="test_dqn"/>
 <testcase classname="tests.test_run" name="test_train_freq[4]"><failure message="no">E  it broke</failure></testcase>
