@@ -166,8 +166,9 @@ class Result:
         self.passed: list[str] = []
         self.failed: dict[str, str] = {}
         for case in ElementTree.parse(report).getroot().iter("testcase"):
-            file = f"{case.get('classname', '').rpartition('.')[2]}.py"
-            name = f"{file}::{case.get('name')}"
+            name, module = str(case.get("name")), case.get("classname", "").rpartition(".")[2]
+            if module:  # a module that cannot be imported has none
+                name = f"{module}.py::{name}"
             problem = case.find("failure") if case.find("failure") is not None else case.find("error")
             if problem is not None:
                 self.failed[name] = (problem.text or problem.get("message") or "").strip()
