@@ -9,6 +9,7 @@ project = "sb3-dreamer-gpld"
 copyright = "the sb3-dreamer-gpld contributors"
 release = version = __version__
 
+exclude_patterns = ["data"]  # figures of benchmarks, no pages
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 # $…$ and $$…$$ are formulas, and headings can be linked to as on GitHub.
 myst_enable_extensions = ["dollarmath", "amsmath"]
