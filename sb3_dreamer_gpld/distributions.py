@@ -61,7 +61,7 @@ def mode_one_hot(probs: Tensor) -> Tensor:
 
 def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
     """The sample's value with the gradient of the probabilities."""
-    return sample + (probs - probs.detach())
+    return sample + (probs - probs.detach()) if probs.requires_grad else sample
 
 
 def categorical_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -308,6 +308,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
 
     # ----------------------------------------------------------------------------------------- collecting
 
+    @th.inference_mode()
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
