@@ -83,20 +83,15 @@ def row_penalty(
         weight, bias = weight[rows], bias[rows]  # (R, C, h), (R, 1, C)
     p = th.softmax(th.baddbmm(bias, x.expand(len(weight), -1, -1), weight.mT), -1)  # (R, n, C)
 
-    if probes is not None:
+    if probes is None:
+        if len(layers) == 1:
+            squares = _exact_of_one_layer(weight, p, local[0], layers[0].weight)  # (R, n)
+        else:
+            squares = _exact(weight, p, layers, local)  # (R, n)
+    else:
         v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
         d = th.bmm(v, weight).unsqueeze(2)  # (R, n, 1, h): one cotangent for each row and state
-    else:
-        # The rows of diag(p) − ppᵀ sum to 0, so they act on the logits' differences to the last one alone.
-        d = (weight[:, :-1] - weight[:, -1:]).unsqueeze(1)  # (R, 1, C − 1, h), the same for all states
-    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
-        d = _through_norm(d, at) @ layer.weight
-    squares = _gram(d, local[0], layers[0].weight)  # (R, n, 1, 1), or (R, n, C − 1, C − 1)
-    if probes is None:
-        v = (th.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))[..., :-1]  # (R, n, C, C − 1)
-        squares = (v @ squares * v).sum((-2, -1))  # trace of v·squares·vᵀ
-    else:
-        squares = squares[:, :, 0, 0]
+        squares = _inner_products(d, layers, local)[:, :, 0, 0]  # (R, n)
     return (1.0 - unimix) ** 2 * squares.mean(0)
 
 
@@ -117,19 +112,21 @@ def _through_norm(d: Tensor, at: _Local) -> Tensor:
     return (y - z * along) * rms_inverse
 
 
-def _gram(d: Tensor, at: _Local, weight: Tensor) -> Tensor:
-    """Inner products of the cotangents of the net's input that belong to cotangents of the first layer's output.
+def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
+    """Inner products of the cotangents of the net's input that belong to cotangents of the last hidden layer's output.
 
-    With y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with G = W Wᵀ the
-    inner product of two of them, through W, is r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz): the y are the only large
-    arrays.
+    At the first layer, with y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with
+    G = W Wᵀ the inner product of two of them, through W, is r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz): the y are the
+    only large arrays.
 
     :param d: q cotangents of each row, (R, n or 1, q, h)
-    :param at: of the first layer
-    :param weight: of the first layer, (h, I)
+    :param layers: hidden layers
+    :param local: of each
     :return: (R, n, q, q)
     """
-    gram = weight @ weight.T  # (h, h)
+    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
+        d = _through_norm(d, at) @ layer.weight
+    at, gram = local[0], layers[0].weight @ layers[0].weight.T  # (h, h)
     y = d * at.slope.unsqueeze(1)  # (R, n, q, h)
     gy = y @ gram  # (R, n, q, h)
     z, rr = at.z.unsqueeze(1), at.rms_inverse.square().unsqueeze(1)  # (n, 1, h), (n, 1, 1)
@@ -138,6 +135,52 @@ def _gram(d: Tensor, at: _Local, weight: Tensor) -> Tensor:
     own = a * a.mT * (z @ gram * z).sum(-1, keepdim=True)  # (R, n, q, q)
     inner = y @ gy.mT if y.shape[2] > 1 else (y * gy).sum(-1, keepdim=True)  # (R, n, q, q)
     return rr * (inner - across - across.mT + own)
+
+
+def _exact(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
+    """‖J_i‖²_F by one cotangent for each class, for any number of layers.
+
+    :param weight: (R, C, h)
+    :param p: probabilities before the mix, (R, n, C)
+    :return: (R, n)
+    """
+    # The rows of v = diag(p) − ppᵀ sum to 0, so they act on the logits' differences to the last one alone.
+    d = (weight[:, :-1] - weight[:, -1:]).unsqueeze(1)  # (R, 1, C − 1, h), the same for all states
+    v = (th.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2))[..., :-1]  # (R, n, C, C − 1)
+    return (v @ _inner_products(d, layers, local) * v).sum((-2, -1))  # trace of v·products·vᵀ
+
+
+def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) -> Tensor:
+    """‖J_i‖²_F for one hidden layer, with two cotangents for each row instead of one for each class.
+
+    Row c of J_i is p_c·(w_c − μ)ᵀ D with μ = Σ_c p_c w_c and D the Jacobian of the hidden layer, so with ⟨·, ·⟩ the inner
+    product of DDᵀ, ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c. With S = diag(slope),
+    ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d', where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h. The ⟨w_c, w_c⟩ of all states are a
+    product of (slope ⊗ slope) with (w_c ⊗ w_c ⊙ G).
+
+    :param weight: (R, C, h)
+    :param p: probabilities before the mix, (R, n, C)
+    :param at: of the hidden layer
+    :param first: its weight, (h, I)
+    :return: (R, n)
+    """
+    gram, z, rr = first @ first.T, at.z, at.rms_inverse.square()  # (h, h), (n, h), (n, 1)
+    k = rr / z.shape[-1]
+    gz = z @ gram  # (n, h)
+    b = k * gz - 0.5 * k.square() * (gz * z).sum(-1, keepdim=True) * z  # (n, h)
+    along_z = th.matmul(at.slope * z, weight.mT)  # (R, n, C): ⟨S z, w_c⟩
+    along_b = th.matmul(at.slope * b, weight.mT)  # (R, n, C)
+    slopes = (at.slope.unsqueeze(-1) * at.slope.unsqueeze(-2)).flatten(1)  # (n, h·h)
+    outer = (weight.unsqueeze(-1) * weight.unsqueeze(-2) * gram).flatten(2).flatten(0, 1)  # (R·C, h·h)
+    norms = (slopes @ outer.mT).unflatten(1, p.shape[::2]).movedim(0, 1) - 2.0 * along_z * along_b  # (R, n, C)
+
+    squares = p.square()  # (R, n, C)
+    shares = p * squares.sum(-1, keepdim=True) - 2.0 * squares  # (R, n, C), of the logits in τ
+    mu, tau = th.bmm(p, weight) * at.slope, th.bmm(shares, weight) * at.slope  # (R, n, h) each
+    inner = (tau * (mu @ gram)).sum(-1)  # (R, n)
+    mu_z, mu_b = (p * along_z).sum(-1), (p * along_b).sum(-1)  # (R, n)
+    tau_z, tau_b = (shares * along_z).sum(-1), (shares * along_b).sum(-1)  # (R, n)
+    return rr.squeeze(-1) * ((squares * norms).sum(-1) + inner - tau_z * mu_b - tau_b * mu_z)
 
 
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:

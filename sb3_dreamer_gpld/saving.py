@@ -107,7 +107,7 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
                 data = json.loads(archive.read("data")) if broken is None else {}
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{name} wasn't a zip-file: it is no model, or a truncated one ({error}). Use another checkpoint, or copy it again"
+                f"{name} wasn't a zip-file: it is no model, or a truncated one ({error}). Use another one, or copy it again"
             ) from error
         if broken is not None:
             raise ValueError(
