@@ -45,7 +45,7 @@ def filled_model(steps: int = 1100, **kwargs: Any) -> DreamerGPLD:
     :param steps: environment steps to collect
     :param kwargs: arguments of DreamerGPLD
     """
-    model = DreamerGPLD("MultiInputPolicy", WalkerSized(), seed=0, **kwargs)
+    model = DreamerGPLD("MultiInputPolicy", WalkerSized(), **{"seed": 0, **kwargs})
     ratio, model.train_ratio = model.train_ratio, 0.0
     model.learn(steps, log_interval=None)
     model.train_ratio = ratio

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from sb3_dreamer_gpld.distributions import decode_categories
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
+from sb3_dreamer_gpld.saving import atomic_file
 
 METADATA = "policy.json"
 
@@ -94,14 +94,8 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
     policy = _plain_copy(model.policy if isinstance(model, DreamerGPLD) else model)
     program = th.export.export(ActingStep(policy), _example(policy), dynamic_shapes=_dynamic_shapes(policy), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".pt2", dir=path.parent)
-    os.close(handle)
-    try:
-        th.export.save(program, name, extra_files={METADATA: json.dumps(_metadata(policy), indent=1)})
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with atomic_file(path) as file:
+        th.export.save(program, file, extra_files={METADATA: json.dumps(_metadata(policy), indent=1)})
     return path
 
 

@@ -145,8 +145,8 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "walker.v1.pt2"
     path.write_text("old")
 
-    def fail(program: Any, name: str, **kwargs: Any) -> None:
-        Path(name).write_text("half")
+    def fail(program: Any, file: Any, **kwargs: Any) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(th.export, "export", lambda *args, **kwargs: None)

@@ -1,0 +1,57 @@
+"""Losses after some updates in bfloat16 beside those in float32, from the same seeds.
+
+Usage: python -m benchmarks.precision [--size debug] [--updates 200] [--seeds 0 1 2 3 4] [--device cpu]
+
+The seeds' spread in float32 is the measure: a precision that changes a loss by less than chance does changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from benchmarks.walker import filled_model
+
+LAST = 20  # updates over which the losses are averaged
+
+
+def losses(args: argparse.Namespace, precision: str, seed: int) -> dict[str, float]:
+    """Mean of every loss over the last updates of a run."""
+    model = filled_model(
+        model_size=args.size,
+        precision=precision,
+        batch_size=8,
+        batch_length=16,
+        learning_rate=3e-4,
+        learning_rate_warmup=50,
+        buffer_size=5000,
+        compile=False,
+        device=args.device,
+        seed=seed,
+    )
+    model.train(args.updates - LAST, model.batch_size)
+    model._metric_sums, model._metric_count = {}, 0
+    model.train(LAST, model.batch_size)
+    return {name: float(total) / LAST for name, total in model._metric_sums.items() if name.startswith("loss/")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="debug")
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    runs = {precision: [losses(args, precision, seed) for seed in args.seeds] for precision in ("float32", "bfloat16")}
+    print("| loss | float32, lowest to highest seed | bfloat16, lowest to highest seed | mean of bfloat16 within |")
+    print("| --- " * 4 + "|")
+    for name in runs["float32"][0]:
+        single, half = (np.array([run[name] for run in runs[precision]]) for precision in runs)
+        within = "yes" if single.min() <= half.mean() <= single.max() else "NO"
+        print(f"| {name} | {single.min():.4g} to {single.max():.4g} | {half.min():.4g} to {half.max():.4g} | {within} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
