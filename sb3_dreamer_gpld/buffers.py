@@ -527,6 +527,18 @@ class SequenceReplayBuffer(ReplayBuffer):
             starts=starts,
         )
 
+    def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
+        """
+        Convert an array to a tensor on the device. A GPU fetches it from pinned memory while the host goes on.
+
+        :param array: The array
+        :param copy: On the CPU, whether the tensor has memory of its own
+        :return: The tensor
+        """
+        if th.device(self.device).type == "cuda":
+            return th.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
+        return super().to_torch(array, copy)
+
     def _context(self, indices: np.ndarray, envs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read the latents of one row per window: (B, D) and (B, K)."""
         deter, stoch = self.deter[indices, envs], self.stoch[indices, envs].astype(np.int64)
