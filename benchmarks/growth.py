@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import write_json
+
 BASE = {"size": "1m", "batch": 16, "length": 64, "horizon": 15}
 CHANGES: dict[str, tuple[int, ...]] = {"batch": (8, 32), "length": (32, 128), "horizon": (30, 50)}
 
@@ -50,7 +52,7 @@ def main() -> None:
         cells += [f"{share:.2f}", f"{result['ratio']:.2f}", f"{result['gflop']:.0f}", f"{result['extra_memory_mib']:.0f}"]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

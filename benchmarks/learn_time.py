@@ -10,7 +10,6 @@ algorithm's. Let nothing else run beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from benchmarks.results import write_json
 from benchmarks.timers import timers
 from benchmarks.walker import WalkerSized
 from sb3_dreamer_gpld import DreamerGPLD
@@ -95,7 +95,7 @@ def main() -> None:
             f"{result['update_ms']:.0f} | {shares} |"
         )
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -11,21 +11,19 @@ the largest resident set of a process of its own. Let nothing else run beside it
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 
-from benchmarks.walker import filled_model
+from benchmarks.results import write_json
+from benchmarks.walker import add_arguments, model_of
 from benchmarks.yardstick import Yardstick, synchronize
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.diagnostics import staged
 
 ARMS: dict[str, dict[str, Any]] = {
     "off": dict(posterior_penalty=0.0),
@@ -37,18 +35,7 @@ WARM_UP = 2  # updates before anything is timed
 
 def make(arm: str, size: str, args: argparse.Namespace) -> DreamerGPLD:
     """A model that has made its first updates."""
-    model = filled_model(
-        steps=max(1100, 2 * args.length),
-        model_size=size,
-        precision=args.precision,
-        compile=args.compile,
-        batch_size=args.batch,
-        batch_length=args.length,
-        imagination_horizon=args.horizon,
-        buffer_size=10_000,
-        device=args.device,
-        **ARMS[arm],
-    )
+    model = model_of(args, model_size=size, **ARMS[arm])
     model.train(WARM_UP, args.batch)
     return model
 
@@ -118,14 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1m", "12m"])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--horizon", type=int, default=15)
-    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, repeats=15)
     parser.add_argument("--peak-of", choices=ARMS, help=argparse.SUPPRESS)  # what the processes of peak_mib do
     args = parser.parse_args()
     if args.peak_of:
@@ -140,8 +120,7 @@ def main() -> None:
     )
     print(table(rows))
     if args.json:
-        with staged(args.json.parent) as folder:
-            (folder / args.json.name).write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ and tables of them. --variance shows how much the estimates vary on a batch at t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -29,10 +28,12 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
+from benchmarks.results import read_columns, read_csv, write_csv
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.diagnostics import posterior_states, replay_windows, smoothness, staged, undisturbed
+from sb3_dreamer_gpld.diagnostics import posterior_states, replay_windows, smoothness, undisturbed
 from sb3_dreamer_gpld.envs import make_dmc
 from sb3_dreamer_gpld.gpld import rademacher
+from sb3_dreamer_gpld.saving import staged
 from sb3_dreamer_gpld.world_model import WorldModel, WorldModelDraws
 
 ARMS = {"off": (0.0, 0.0), "posterior": (0.5, 0.0), "prior": (0.0, 0.5), "both": (0.5, 0.5)}  # λ₀ of posterior and prior
@@ -209,14 +210,6 @@ def train(arm: str, seed: int, args: argparse.Namespace) -> tuple[DreamerGPLD, l
     return model, recorder.rows
 
 
-def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-
-
 def make_runs(args: argparse.Namespace) -> None:
     """Make the runs that are missing.
 
@@ -253,10 +246,7 @@ def read_runs(args: argparse.Namespace) -> Runs:
     runs: Runs = {}
     for arm in args.arms:
         for file in sorted(args.data.glob(f"{arm}_[0-9]*.csv")):
-            with file.open(newline="", encoding="utf-8") as stream:
-                rows = list(csv.DictReader(stream))
-            columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-            runs.setdefault(arm, []).append(columns)
+            runs.setdefault(arm, []).append(read_columns(file))
     if not runs:
         raise SystemExit(f"{args.data} has no runs; make them first, without --draw")
     return runs
@@ -322,13 +312,10 @@ def show_variance(args: argparse.Namespace) -> None:
     lines = ["| trained with λ₀ > 0 | penalty | estimate | one state | mean of the batch | gradient |", "| --- " * 6 + "|"]
     for arm in args.arms:
         file = args.data / f"variance_{arm}.csv"
-        if not file.exists():
-            continue
-        with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                cells = ["–" if row[name] == "nan" else f"{float(row[name]):.3f}" for name in ("state", "batch", "gradient")]
-                name = f"{row['estimator']}, {'all' if float(row['fraction']) == 1 else 'half of the'} states"
-                lines.append(f"| {arm} | {row['penalty']} | {name} | " + " | ".join(cells) + " |")
+        for row in read_csv(file):
+            cells = ["–" if row[name] == "nan" else f"{float(row[name]):.3f}" for name in ("state", "batch", "gradient")]
+            name = f"{row['estimator']}, {'all' if float(row['fraction']) == 1 else 'half of the'} states"
+            lines.append(f"| {arm} | {row['penalty']} | {name} | " + " | ".join(cells) + " |")
     if len(lines) == 2:
         raise SystemExit(f"{args.data} has no finished runs of the first seed; make them first, without --variance")
     print("\n".join(lines))

@@ -9,19 +9,18 @@ Updates and yardstick alternate; medians are printed. Let nothing else run besid
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results import write_json
 from benchmarks.timers import timers
-from benchmarks.walker import filled_model
+from benchmarks.walker import add_arguments, model_of
 from benchmarks.yardstick import FLOP, Yardstick, synchronize
 from sb3_dreamer_gpld import DreamerGPLD
 
@@ -57,28 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1m")
     parser.add_argument("--penalty", type=float, default=0.5, help="λ₀ of the posterior")
-    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--horizon", type=int, default=15)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, repeats=11)
     args = parser.parse_args()
 
-    model = filled_model(
-        steps=max(1100, 2 * args.length),
-        model_size=args.size,
-        posterior_penalty=args.penalty,
-        precision=args.precision,
-        compile=args.compile,
-        batch_size=args.batch,
-        batch_length=args.length,
-        imagination_horizon=args.horizon,
-        buffer_size=10_000,
-        device=args.device,
-    )
+    model = model_of(args, model_size=args.size, posterior_penalty=args.penalty)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yardstick = Yardstick(model.device)
     for _ in range(2):
@@ -123,7 +104,7 @@ def main() -> None:
     for name, ms in sorted(result["phases_ms"].items(), key=lambda item: -item[1]):
         print(f"  {name:<20} {ms:8.1f} ms")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

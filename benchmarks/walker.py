@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -37,6 +39,40 @@ class WalkerSized(gym.Env):
     def _observation(self) -> dict[str, np.ndarray]:
         items = self.observation_space.spaces.items()
         return {key: self.np_random.standard_normal(space.shape).astype(np.float32) for key, space in items}
+
+
+def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Options of the benchmarks of an update.
+
+    :param parser: gets them
+    :param repeats: default of ``--repeats``
+    """
+    parser.add_argument("--precision", default="float32", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--horizon", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+
+
+def model_of(args: argparse.Namespace, **kwargs: Any) -> DreamerGPLD:
+    """A model with the options of :func:`add_arguments`.
+
+    :param kwargs: further arguments of DreamerGPLD
+    """
+    return filled_model(
+        steps=max(1100, 2 * args.length),
+        precision=args.precision,
+        compile=args.compile,
+        batch_size=args.batch,
+        batch_length=args.length,
+        imagination_horizon=args.horizon,
+        buffer_size=10_000,
+        device=args.device,
+        **kwargs,
+    )
 
 
 def filled_model(steps: int = 1100, **kwargs: Any) -> DreamerGPLD:

@@ -27,6 +27,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import make_dmc
+from sb3_dreamer_gpld.saving import atomic_file
 
 FACTOR = 5.0  # the trained return must be at least so many times the random one
 
@@ -65,7 +66,8 @@ def plot_learning_curve(folder: Path, task: str, baseline: float, path: Path) ->
     axes.set(xlabel="environment steps", ylabel="return", title=task)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

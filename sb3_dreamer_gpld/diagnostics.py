@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -624,43 +621,3 @@ def select(batch: Batch, indices: Tensor | slice) -> Batch:
         deter[indices],
         stoch[indices],
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-def check_writable(folder: Path) -> None:
-    """
-    :param folder: exists, or is to be made
-    :raises NotADirectoryError, PermissionError: nothing can be written there
-    """
-    existing = _existing(folder)
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{folder}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: no permission to write in {existing}")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files are moved into ``folder`` at the end; after an error ``folder`` is as it was.
-
-    :param folder: exists, or is made
-    :return: where to write
-    :raises NotADirectoryError, PermissionError: nothing can be written there
-    """
-    check_writable(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=_existing(folder)))  # on the same disk
-    try:
-        yield temporary
-        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

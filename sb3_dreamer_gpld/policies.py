@@ -26,7 +26,7 @@ from sb3_dreamer_gpld.buffers import SequenceSamples
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
 from sb3_dreamer_gpld.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.optim import LaProp
-from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, plain_to_space, space_to_plain
+from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
 
@@ -170,10 +170,7 @@ class DreamerPolicy(BasePolicy):
                 f"{path} is no file of {cls.__name__}.save, or a damaged one. Allowed: a file written by policy.save; "
                 "a model (a .zip of model.save) is loaded by DreamerGPLD.load"
             ) from error
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, and this release reads up to {FORMAT_VERSION}. Install a later release"
-            )
+        check_version(path, version)
         observation_space, action_space = plain_to_space(saved["observation_space"]), plain_to_space(saved["action_space"])
         policy = cls(observation_space, action_space, cls._dummy_schedule, **saved["arguments"])
         policy.load_state_dict(saved["state_dict"])

@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 import random
+import shutil
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,6 +89,43 @@ def atomic_file(path: str | os.PathLike[str] | io.BufferedIOBase, suffix: str = 
         part.unlink(missing_ok=True)
 
 
+def check_writable(folder: pathlib.Path) -> None:
+    """
+    :param folder: exists, or is to be made
+    :raises NotADirectoryError, PermissionError: nothing can be written there
+    """
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: no permission to write in {existing}")
+
+
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+@contextmanager
+def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder whose files are moved into ``folder`` at the end; after an error ``folder`` is as it was.
+
+    :param folder: exists, or is made
+    :return: where to write
+    :raises NotADirectoryError, PermissionError: nothing can be written there
+    """
+    check_writable(folder)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=_existing(folder)))  # on the same disk
+    try:
+        yield temporary
+        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 # ------------------------------------------------------------------------------------------- model files
 
 
@@ -122,6 +161,11 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
     if version is None:
         kind = str(data.get("policy_class", {}).get("__module__", "an unknown algorithm"))
         raise ValueError(f"{name} was not saved by DreamerGPLD: its policy is of {kind}. Load it with the class that saved it")
+    check_version(name, version)
+
+
+def check_version(name: object, version: int) -> None:
+    """:raises ValueError: the file ``name`` has a format that this release cannot read yet"""
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{name} has format version {version}, and this release of sb3-dreamer-gpld reads up to {FORMAT_VERSION}. "

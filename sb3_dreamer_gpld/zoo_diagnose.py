@@ -28,7 +28,6 @@ from sb3_dreamer_gpld.diagnostics import (
     SCALES,
     OpenLoop,
     Smoothness,
-    check_writable,
     image_key,
     log_video,
     open_loop,
@@ -37,13 +36,13 @@ from sb3_dreamer_gpld.diagnostics import (
     require_moviepy,
     select,
     smoothness,
-    staged,
     steps_of,
     undisturbed,
     write_mp4,
 )
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.policies import DreamerPolicy, as_dict
+from sb3_dreamer_gpld.saving import check_writable, staged
 from sb3_dreamer_gpld.world_model import Batch
 
 SEGMENT = 64  # steps of an episode that go through the nets together

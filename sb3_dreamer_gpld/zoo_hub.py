@@ -19,6 +19,8 @@ import huggingface_hub
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
+from sb3_dreamer_gpld.saving import atomic_file
+
 _CARD = """
 # **DreamerGPLD** playing **{env}**
 
@@ -137,7 +139,8 @@ def write_model_card(folder: Path, run: Path, repo_id: str) -> None:
         config=yaml.dump(dict(config)),
         versions=_versions(),
     )
-    card.save(folder / "README.md")
+    with atomic_file(folder / "README.md") as file:
+        file.write(str(card).encode())
 
 
 def _versions() -> str:

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sb3_dreamer_gpld.saving import atomic_file
+
 # Returns of dm_control's tasks lie between 0 and this
 LARGEST_RETURN = 1000.0
 _DM_CONTROL = "dm_control-"
@@ -216,5 +218,6 @@ def _draw_aggregate(runs: Runs, style: Style, file: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    figure.savefig(file, dpi=150)
+    with atomic_file(file) as picture:
+        figure.savefig(picture, format=file.suffix[1:], dpi=150)
     print(f"Saved {file}")

@@ -21,7 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from torch import Tensor
 
-from sb3_dreamer_gpld import DreamerGPLD, diagnostics
+from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
 from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback
 from sb3_dreamer_gpld.execution import CompiledStep
 from sb3_dreamer_gpld.policies import DreamerPolicy
@@ -479,11 +479,11 @@ def test_nothing_is_left_of_files_that_were_not_finished(tmp_path: Path) -> None
     out = tmp_path / "out"
     out.mkdir()
     (out / "a").write_text("old")
-    with pytest.raises(RuntimeError), diagnostics.staged(out) as folder:
+    with pytest.raises(RuntimeError), saving.staged(out) as folder:
         (folder / "a").write_text("new")
         raise RuntimeError
     assert [(file.name, file.read_text()) for file in out.iterdir()] == [("a", "old")]
-    with diagnostics.staged(out) as folder:
+    with saving.staged(out) as folder:
         (folder / "a").write_text("new")
         (folder / "b").mkdir()
         (folder / "b" / "c").write_text("newer")
@@ -494,7 +494,7 @@ def test_nothing_is_left_of_files_that_were_not_finished(tmp_path: Path) -> None
 def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        diagnostics.check_writable(tmp_path / "file" / "out")
+        saving.check_writable(tmp_path / "file" / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="no permission to write in"):
-        diagnostics.check_writable(tmp_path / "new")
+        saving.check_writable(tmp_path / "new")

@@ -10,8 +10,6 @@ updates with the spread of the seeds.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
@@ -22,7 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.learning.protocols import PROTOCOLS, REFERENCE, RESULTS, Protocol
+from benchmarks.results import read_columns
 from sb3_dreamer_gpld.saving import atomic_file
+from sb3_dreamer_gpld.zoo_plot import Style, interval, mean
 
 LAST_FRAMES = 5_000
 LOSS_UPDATES = (600, 1500, 2500, 3400)
@@ -41,30 +41,18 @@ LABELS = {"gpld": "DreamerV3 + GPLD", "dreamer": "DreamerV3 (λ = 0)", "sac": "S
 Columns = dict[str, np.ndarray]
 
 
-def read(path: Path) -> Columns:
-    """Columns of a CSV file of numbers; an empty cell is NaN."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
-
-
 def runs(name: str, arm: str, kind: str) -> dict[int, Columns]:
     """Results of an arm by seed, as far as there are any.
 
     :param kind: "returns" or "losses"
     """
     paths = sorted(RESULTS.glob(f"{name}_{arm}_*_{kind}.csv"))
-    return {int(path.stem.split("_")[-2]): read(path) for path in paths}
+    return {int(path.stem.split("_")[-2]): read_columns(path) for path in paths}
 
 
-def bootstrap(values: np.ndarray, repetitions: int = 2000) -> np.ndarray:
-    """95 % interval of the mean over seeds drawn with replacement.
-
-    :param values: (seeds, points)
-    :return: (2, points)
-    """
-    drawn = np.random.default_rng(0).integers(len(values), size=(repetitions, len(values)))
-    return np.percentile(values[drawn].mean(1), [2.5, 97.5], axis=0)
+def bootstrap(values: np.ndarray) -> np.ndarray:
+    """95 % interval of the mean over seeds (seeds, points), (2, points)."""
+    return interval(values[:, None], mean, Style(size=0.95, reps=2000))
 
 
 def last_returns(columns: Columns) -> float:
@@ -87,17 +75,15 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
         if len(returns) > 1:
             axes.fill_between(frames, *bootstrap(returns), alpha=0.25, color=line.get_color())
     if protocol.reference:
-        reference = read(REFERENCE / f"{protocol.reference}.csv")
+        reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         axes.plot(reference["frames"], reference["episode_return"], "k--", label="authors' GPLD release (1 seed)")
     axes.set(title=protocol.task, xlabel="frames", ylabel="return of training episodes")
     axes.legend()
     axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    plt.close(figure)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / f"learning_{name}.png") as file:
-        file.write(picture.getvalue())
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
 
 
 def return_table(name: str, protocol: Protocol) -> list[str]:
@@ -118,7 +104,7 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
         each = ", ".join(f"{value:.0f}" for value in values)
         lines.append(f"| {LABELS[arm]} | {len(values)} | {values.mean():.0f}{interval} | {each} | {minutes:.0f} |")
     if protocol.reference:
-        reference = read(REFERENCE / f"{protocol.reference}.csv")
+        reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         lines.append(f"| authors' GPLD release | 1 | {last_returns(reference):.0f} | | |")
     if {"gpld", "dreamer"} <= last.keys():
         rng = np.random.default_rng(0)
@@ -133,7 +119,7 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
     """Losses beside those of the reference, at some numbers of updates."""
     by_seed = list(runs(name, "gpld", "losses").values())
     assert protocol.reference
-    reference = read(REFERENCE / f"{protocol.reference}_losses.csv")
+    reference = read_columns(REFERENCE / f"{protocol.reference}_losses.csv")
     lines = ["| updates | loss | reference | ours, lowest to highest seed | within the widened spread |", "| --- " * 5 + "|"]
     for updates in LOSS_UPDATES:
         if not by_seed or any(columns["train/n_updates"][-1] < updates for columns in by_seed):

@@ -10,11 +10,8 @@ with ``_returns.csv`` (every training episode, actions sampled) and ``_losses.cs
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +30,10 @@ from benchmarks.learning.protocols import (
     make_env,
     make_model,
 )
-from sb3_dreamer_gpld.saving import atomic_file
+from benchmarks.results import read_csv, write_csv
 
 EPISODES_PER_SAVE = 2
+DIGITS = 5
 
 
 class LastValues(KVWriter):
@@ -51,27 +49,9 @@ class LastValues(KVWriter):
         pass
 
 
-def read_rows(path: Path, frames: int) -> list[dict[str, str]]:
-    """Rows of a CSV file up to a number of frames; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["frames"]) <= frames]
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a CSV file in one step."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def short(value: Any) -> Any:
-    """Five significant digits of a float."""
-    return f"{value:.5g}" if isinstance(value, float) else value
+def rows_until(path: Path, frames: int) -> list[dict[str, Any]]:
+    """Rows of a CSV file up to a number of frames."""
+    return [row for row in read_csv(path) if int(row["frames"]) <= frames]
 
 
 def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compile: bool | str) -> None:
@@ -99,7 +79,7 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         model = make_model(protocol, arm, seed, compile)  # type: ignore[assignment]
     frames = ACTION_REPEAT * model.num_timesteps
-    returns, losses = read_rows(returns_file, frames), read_rows(losses_file, frames)
+    returns, losses = rows_until(returns_file, frames), rows_until(losses_file, frames)
     seconds = float(returns[-1]["seconds"]) if returns else 0.0
     log = LastValues()
     model.set_logger(Logger(None, [log]))
@@ -110,22 +90,22 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
         frames = ACTION_REPEAT * model.num_timesteps
         assert model.ep_info_buffer
         ended = model.ep_info_buffer[-1]
-        returns.append({"frames": frames, "episode_return": short(float(ended["r"])), "seconds": f"{seconds:.0f}"})
-        metrics = {key: short(value) for key, value in log.values.items() if not key.startswith(("time/", "rollout/"))}
+        returns.append({"frames": frames, "episode_return": float(ended["r"]), "seconds": f"{seconds:.0f}"})
+        metrics = {key: value for key, value in log.values.items() if not key.startswith(("time/", "rollout/"))}
         if "loss/total" in metrics:
             losses.append({"frames": frames, **{key: metrics[key] for key in sorted(metrics)}})
         print(f"{stem}: {frames} frames, return {ended['r']:.1f}, {seconds:.0f} s", flush=True)
         if len(returns) % EPISODES_PER_SAVE == 0 or model.num_timesteps >= steps:
             model.save_replay_buffer(buffer_file)
             model.save(checkpoint)
-            write_rows(returns_file, returns)
+            write_csv(returns_file, returns, DIGITS)
             if losses:
-                write_rows(losses_file, losses)
+                write_csv(losses_file, losses, DIGITS)
 
 
 def finished(name: str, protocol: Protocol, arm: str, seed: int) -> bool:
     """Whether the results of a run reach its last frame."""
-    rows = read_rows(RESULTS / f"{name}_{arm}_{seed}_returns.csv", protocol.frames)
+    rows = rows_until(RESULTS / f"{name}_{arm}_{seed}_returns.csv", protocol.frames)
     return bool(rows) and int(rows[-1]["frames"]) >= protocol.frames
 
 
