@@ -207,7 +207,7 @@ trained.save("model")
 trained.save_replay_buffer("buffer")
 trained.policy.save("policy.pth")
 round_trip = time.perf_counter() - start
-random.seed({seed})
+moments = random.Random({seed})  # a generator of its own: loading a model seeds the global one
 seen = set()
 for kill in range(20):
     child = os.fork()
@@ -217,7 +217,7 @@ for kill in range(20):
             trained.save_replay_buffer("buffer")
             trained.policy.save("policy.pth")
             trained.learn(1, reset_num_timesteps=False)
-    time.sleep(0.005 + 2 * round_trip * random.random())
+    time.sleep(0.005 + 2 * round_trip * moments.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     seen.update(os.listdir("."))
