@@ -439,13 +439,30 @@ class SequenceReplayBuffer(ReplayBuffer):
         :return: The windows
         :raises ValueError: If the buffer is empty
         """
+        return self._draw(self._pop_queue(batch_size), batch_size, self.rng, env)
+
+    def peek(self, batch_size: int, rng: np.random.Generator, env: VecNormalize | None = None) -> SequenceSamples:
+        """
+        Sample windows uniformly and change nothing: neither the buffer's random numbers nor which windows count as new.
+
+        :param batch_size: Number of windows B
+        :param rng: Draws them
+        :param env: VecNormalize to normalize observations and rewards with
+        :return: The windows
+        :raises ValueError: If the buffer is empty
+        """
+        return self._draw([], batch_size, rng, env)
+
+    def _draw(
+        self, fresh: list[tuple[int, int]], batch_size: int, rng: np.random.Generator, env: VecNormalize | None
+    ) -> SequenceSamples:
+        """Read the given windows, and as many uniformly drawn ones as make the batch full."""
         if self.size() == 0:
             raise ValueError("Cannot sample from an empty buffer: no transition has been added")
         steps, counts, oldest, has_context = self._windows()
-        fresh = self._pop_queue(batch_size)
         # Window i of all rings in a line belongs to the ring before whose end it lies
         ends = np.cumsum(counts)
-        drawn = self.rng.integers(ends[-1], size=batch_size - len(fresh))
+        drawn = rng.integers(ends[-1], size=batch_size - len(fresh))
         envs = np.searchsorted(ends, drawn, side="right")
         starts = oldest[envs] + drawn - (ends - counts)[envs]
         envs = np.array([window[0] for window in fresh] + envs.tolist(), dtype=np.int64)
@@ -535,7 +552,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param copy: On the CPU, whether the tensor has memory of its own
         :return: The tensor
         """
-        if th.device(self.device).type == "cuda":
+        if self.device.type == "cuda":
             return th.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
         return super().to_torch(array, copy)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import ImageKey, check_int, check_range, unknown_name
 from sb3_dreamer_gpld.distributions import categorical_kl, decode_categories
-from sb3_dreamer_gpld.execution import CompiledStep
+from sb3_dreamer_gpld.execution import plain_steps
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.rssm import States
 from sb3_dreamer_gpld.world_model import Batch, head_penalty
@@ -43,26 +42,12 @@ CHUNK_STATES = 64  # states whose exact Jacobian norms are computed together: it
 def undisturbed(policy: DreamerPolicy, seed: int) -> Iterator[None]:
     """Measure without a trace: no gradient, random numbers of one's own, and none of the training's compiled functions.
 
-    A compiled function that met shapes of another size would be compiled again, and given up after a few times.
-
     :param policy: what is measured
     :param seed: of the random numbers inside the block; the generators go on afterwards as if it had not been
     """
-    compiled = [
-        (module, name, function)
-        for module in policy.modules()
-        for name, function in vars(module).items()
-        if isinstance(function, CompiledStep)
-    ]
-    for module, name, _ in compiled:
-        del module.__dict__[name]
-    try:
-        with th.no_grad(), th.random.fork_rng(range(th.cuda.device_count())):
-            th.manual_seed(seed)
-            yield
-    finally:
-        for module, name, function in compiled:
-            module.__dict__[name] = function
+    with plain_steps(policy), th.no_grad(), th.random.fork_rng(range(th.cuda.device_count())):
+        th.manual_seed(seed)
+        yield
 
 
 def replay_windows(model: DreamerGPLD, count: int, generator: np.random.Generator) -> Batch:
@@ -73,15 +58,8 @@ def replay_windows(model: DreamerGPLD, count: int, generator: np.random.Generato
     :param generator: draws them
     :raises ValueError: nothing is stored
     """
-    buffer = model.replay_buffer
-    assert isinstance(buffer, SequenceReplayBuffer)
-    before = buffer.rng, buffer._queue
-    buffer.rng, buffer._queue = generator, deque()
-    try:
-        samples = buffer.sample(count, env=model.get_vec_normalize_env())
-    finally:
-        buffer.rng, buffer._queue = before
-    return model.policy.to_batch(samples)
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    return model.policy.to_batch(model.replay_buffer.peek(count, generator, model.get_vec_normalize_env()))
 
 
 # --------------------------------------------------------------------------------------------------------------- states

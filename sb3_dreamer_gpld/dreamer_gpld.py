@@ -7,7 +7,8 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -403,9 +404,10 @@ class DreamerGPLD(OffPolicyAlgorithm):
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with self._naming_lost_processes():
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
@@ -415,7 +417,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._check_finite(self._last_obs)
         self._resume(reset_num_timesteps)
         while self.num_timesteps < total_timesteps:
-            try:
+            with self._naming_lost_processes():
                 rollout = self.collect_rollouts(
                     self.env,
                     train_freq=self.train_freq,
@@ -425,11 +427,6 @@ class DreamerGPLD(OffPolicyAlgorithm):
                     replay_buffer=self.replay_buffer,
                     log_interval=log_interval,
                 )
-            except (EOFError, ConnectionError) as error:
-                lost = lost_processes(self.env)
-                if not lost:
-                    raise
-                raise RuntimeError(f"At step {self.num_timesteps} {lost}") from error
             if not rollout.continue_training:
                 break
             updates = self._due_updates(rollout.episode_timesteps)
@@ -439,6 +436,17 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 self._update_seconds += time.perf_counter() - start
         callback.on_training_end()
         return self
+
+    @contextmanager
+    def _naming_lost_processes(self) -> Iterator[None]:
+        """:raises RuntimeError: in place of a broken connection to an environment whose process ended; names it"""
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            lost = "" if self.env is None else lost_processes(self.env)
+            if not lost:
+                raise
+            raise RuntimeError(f"At step {self.num_timesteps} {lost}") from error
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
@@ -546,7 +554,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         result.total.backward()
         grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
         grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
-        faults = th.stack([~th.isfinite(mean(loss.detach())) for loss in result.losses.values()] + [~th.isfinite(grad_norm)])
+        means = {name: mean(loss.detach()) for name, loss in result.losses.items()}
+        faults = ~th.isfinite(th.stack([*means.values(), grad_norm]))  # (losses + 1,)
         fault = faults.any()
         for grad in grads:
             grad.masked_fill_(fault, 0.0)
@@ -556,9 +565,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.policy.actor_critic.update_slow_value(1.0 - fault.float())
         percentiles = self.policy.actor_critic.percentiles
         percentiles.copy_(th.where(fault, percentiles, result.percentiles))
-        self._faults.append((self._n_updates, tuple(result.losses), faults))
+        self._faults.append((self._n_updates, tuple(means), faults))
         self._n_updates += 1
-        self._collect_metrics(result, grad_norm)
+        self._collect_metrics(result, means, grad_norm)
         return result.states
 
     def loss(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> Loss:
@@ -596,9 +605,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------------------------------- logging
 
-    def _collect_metrics(self, result: Loss, grad_norm: Tensor) -> None:
+    def _collect_metrics(self, result: Loss, means: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Add to the sums that :meth:`dump_logs` averages; nothing is read from the device here."""
-        values = {f"loss/{name.rstrip('/')}": mean(loss.detach()) for name, loss in result.losses.items()}
+        values = {f"loss/{name.rstrip('/')}": value for name, value in means.items()}
         values["loss/total"] = result.total.detach()
         values["train/grad_norm"] = grad_norm
         values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -85,3 +86,20 @@ def compile_steps(policy: DreamerPolicy) -> None:
 def is_compiled(policy: DreamerPolicy) -> bool:
     """Whether :func:`compile_steps` was called on the policy."""
     return "_posterior_step" in policy.world_model.rssm.__dict__
+
+
+@contextmanager
+def plain_steps(policy: DreamerPolicy) -> Iterator[None]:
+    """Undo :func:`compile_steps` for a while.
+
+    A compiled function that met shapes of another size would be compiled again, and given up after a few times.
+    """
+    compiled = []
+    for path, names in STEPS.items():
+        owner = policy.get_submodule(path)
+        compiled += [(owner, name, owner.__dict__.pop(name)) for name in names if name in owner.__dict__]
+    try:
+        yield
+    finally:
+        for owner, name, function in compiled:
+            owner.__dict__[name] = function

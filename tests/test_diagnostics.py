@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import test_dreamer_gpld
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -26,17 +27,6 @@ from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback
 from sb3_dreamer_gpld.execution import CompiledStep
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
-TINY: dict[str, Any] = dict(
-    model_size="debug",
-    batch_size=4,
-    batch_length=8,
-    learning_starts=16,
-    train_ratio=4,
-    imagination_horizon=3,
-    buffer_size=500,
-    device="cpu",
-    seed=0,
-)
 GAMMA = 0.9
 LENGTH = 12  # steps of an episode of Counter
 
@@ -75,7 +65,7 @@ gym.register("DiagnosticsPictures-v0", Pictures)
 
 def tiny(env: gym.Env, **kwargs: Any) -> DreamerGPLD:
     policy = "MultiInputPolicy" if isinstance(env.observation_space, spaces.Dict) else "MlpPolicy"
-    return DreamerGPLD(policy, env, **{**TINY, "gamma": GAMMA, **kwargs})
+    return test_dreamer_gpld.tiny(env, policy, **{"learning_starts": 16, "buffer_size": 500, "gamma": GAMMA, **kwargs})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import importlib.util
 import inspect
 import os
 import re
+import runpy
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,17 +151,22 @@ def read_commands(text: str) -> Iterator[list[str]]:
             yield words
 
 
-def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the command line read its arguments, and look up the files and environments that they name."""
-    pytest.importorskip("rl_zoo3")
-    from sb3_dreamer_gpld import zoo
-
+def stop_at_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs end with :class:`Parsed` once they have read their arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
         raise Parsed(parse(self, *args, **kwargs))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+
+
+def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line read its arguments, and look up the files and environments that they name."""
+    pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld import zoo
+
+    stop_at_arguments(monkeypatch)
     monkeypatch.setattr(zoo, "_prepare_training", lambda args: args)
     monkeypatch.setattr(zoo, "_prepare_agent", lambda args, rendering: ([*args, "--algo", zoo.NAME, "-f", "logs"], Path()))
     monkeypatch.setattr(zoo, "_has_display", lambda: True)
@@ -186,12 +193,16 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         extras = re.search(r"\[(.*)\]", " ".join(args))
         assert args[0] == "install" and extras and set(extras[1].split(",")) <= set(known)
     elif program == "python":
-        path = args[1].replace(".", "/") + ".py" if args[0] == "-m" else args[0]
-        if (ROOT / path).is_file():
-            text = (ROOT / path).read_text()
-            assert all(f'"{arg}"' in text for arg in args if arg.startswith("--")), args
+        module = args[0] == "-m"
+        path = ROOT / (args[1].replace(".", "/") + ".py" if module else args[0])
+        if path.is_file():
+            main = runpy.run_path(str(path), run_name="documented")["main"]
+            stop_at_arguments(monkeypatch)
+            monkeypatch.setattr(sys, "argv", [str(path), *args[1 + module :]])
+            with pytest.raises(Parsed):
+                main()
         else:
-            assert args[0] == "-m" and importlib.util.find_spec(args[1]), args
+            assert module and importlib.util.find_spec(args[1]), args
     else:
         assert program in OTHER_PROGRAMS, f"{program} is not known here"
 

@@ -156,6 +156,15 @@ def test_an_error_in_a_process() -> None:
         stop(env)
 
 
+def test_an_error_in_a_process_at_its_first_reset() -> None:
+    env = SubprocVecEnv([good, lambda: Failing(crash, at=0)])
+    try:
+        with pytest.raises(RuntimeError, match="At step 0 the process of environment 1 ended with code 1; an error"):
+            tiny(env, "MultiInputPolicy").learn(100)
+    finally:
+        stop(env)
+
+
 def test_a_wrong_shape_from_a_process() -> None:
     """Nothing on the way looks at the shape if there is one environment only; the buffer does."""
     env = SubprocVecEnv([lambda: Failing(too_long, at=5)])

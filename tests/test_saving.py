@@ -23,22 +23,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv
+from test_dreamer_gpld import tiny
 
 from sb3_dreamer_gpld import DreamerGPLD, saving
 from sb3_dreamer_gpld.saving import atomic_file, plain_to_space, space_to_plain
 
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for scripts in processes of their own
-TINY: dict[str, Any] = dict(
-    model_size="debug",
-    batch_size=4,
-    batch_length=8,
-    learning_starts=32,
-    train_ratio=12,  # no whole number of updates a step
-    imagination_horizon=3,
-    buffer_size=300,
-    device="cpu",
-    seed=0,
-)
+OWN: dict[str, Any] = dict(train_ratio=12, buffer_size=300)  # no whole number of updates a step, and a ring that wraps
 
 
 class Clock(gym.Env):
@@ -61,7 +52,7 @@ class Clock(gym.Env):
 
 def model(**kwargs: Any) -> DreamerGPLD:
     env = kwargs.pop("env", None) or Clock(kwargs.pop("discrete", False))
-    return DreamerGPLD("MlpPolicy", env, **{**TINY, **kwargs})
+    return tiny(env, "MlpPolicy", **{**OWN, **kwargs})
 
 
 def tensors(trained: DreamerGPLD) -> dict[str, th.Tensor]:
