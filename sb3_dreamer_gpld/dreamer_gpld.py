@@ -26,7 +26,7 @@ from torch import Tensor
 from sb3_dreamer_gpld.actor_critic import ImaginationDraws
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
-from sb3_dreamer_gpld.envs import lost_processes
+from sb3_dreamer_gpld.envs import blamed_environment, lost_processes
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
 from sb3_dreamer_gpld.gpld import penalty_weight
 from sb3_dreamer_gpld.optim import LaProp
@@ -404,7 +404,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
-        with self._naming_lost_processes():
+        with self._naming_environments():
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
@@ -417,7 +417,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._check_finite(self._last_obs)
         self._resume(reset_num_timesteps)
         while self.num_timesteps < total_timesteps:
-            with self._naming_lost_processes():
+            with self._naming_environments():
                 rollout = self.collect_rollouts(
                     self.env,
                     train_freq=self.train_freq,
@@ -438,8 +438,11 @@ class DreamerGPLD(OffPolicyAlgorithm):
         return self
 
     @contextmanager
-    def _naming_lost_processes(self) -> Iterator[None]:
-        """:raises RuntimeError: in place of a broken connection to an environment whose process ended; names it"""
+    def _naming_environments(self) -> Iterator[None]:
+        """Errors of environments say which one it was: as a note, from Python 3.11 on.
+
+        :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it
+        """
         try:
             yield
         except (EOFError, ConnectionError) as error:
@@ -447,6 +450,11 @@ class DreamerGPLD(OffPolicyAlgorithm):
             if not lost:
                 raise
             raise RuntimeError(f"At step {self.num_timesteps} {lost}") from error
+        except Exception as error:
+            blamed = "" if self.env is None else blamed_environment(error, self.env)
+            if blamed and hasattr(error, "add_note"):
+                error.add_note(f"It was raised at step {self.num_timesteps} by {blamed}")
+            raise
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""

@@ -8,6 +8,7 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 """
 
 import difflib
+import traceback
 from collections.abc import Sequence
 from multiprocessing import connection
 from numbers import Integral
@@ -200,6 +201,37 @@ def lost_processes(env: VecEnv) -> str:
             )
             ended.append(f"the process of environment {number} {how}")
     return f"{' and '.join(ended)}; an error of its own is printed above" if ended else ""
+
+
+def blamed_environment(error: BaseException, env: VecEnv) -> str:
+    """Tell which environment an error came from; SB3 keeps that to the local variables of its loops.
+
+    :param error: An error that was raised inside ``env``
+    :param env: A vectorised environment, wrapped or not
+    :return: "environment 1", with the shape of its observation if that is what is wrong, or "" if nothing tells
+    """
+    unwrapped = env.unwrapped
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        names = frame.f_locals
+        if names.get("self") is unwrapped and "env_idx" in names:
+            return f"environment {names['env_idx']}"
+        if isinstance(unwrapped, SubprocVecEnv) and {"obs_list", "space"} <= names.keys():
+            for number, observation in enumerate(names["obs_list"]):
+                wrong = _wrong_shape(observation, names["space"])
+                if wrong:
+                    return f"environment {number}, {wrong}"
+    return ""
+
+
+def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
+    """What shape is wrong in an observation, or ""."""
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    values = observation if isinstance(space, spaces.Dict) else {"": observation}
+    for key, part in parts.items():
+        if key in values and np.shape(values[key]) != part.shape:
+            name = f"observation {key!r}" if key else "the observation"
+            return f"{name}: expected shape {part.shape}, received {np.shape(values[key])}"
+    return ""
 
 
 def _find_task(task: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,11 @@ def check_saved_before(model: DreamerGPLD, folder: Path, steps: int) -> None:
 def test_an_environment_that_fails(wrong: Callable[[Any], Any], error: type[Exception], text: str, tmp_path: Path) -> None:
     model = tiny(DummyVecEnv([good, lambda: Failing(wrong)]), "MultiInputPolicy")
     checkpoint = CheckpointCallback(20, str(tmp_path), save_replay_buffer=True)
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as info:
         model.learn(100, callback=checkpoint)
     assert model.num_timesteps == (50 if wrong is nan else 48)
+    if wrong is not nan and sys.version_info >= (3, 11):
+        assert info.value.__notes__ == ["It was raised at step 48 by environment 1"]
     check_saved_before(model, tmp_path, 40)
 
 
@@ -176,6 +179,28 @@ def test_a_wrong_shape_from_a_process() -> None:
         np.testing.assert_array_equal(model.replay_buffer.rows_added, [4])
     finally:
         env.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes before Python 3.11")
+def test_a_wrong_shape_from_one_process_of_several() -> None:
+    env = SubprocVecEnv([good, lambda: Failing(too_long, at=5)])
+    try:
+        with pytest.raises(ValueError, match="same shape") as info:
+            tiny(env, "MultiInputPolicy").learn(100)
+        (note,) = info.value.__notes__
+        assert note.endswith("by environment 1, observation 'y': expected shape (3,), received (4,)")
+    finally:
+        env.close()
+
+
+def test_errors_outside_of_the_environments_get_no_note() -> None:
+    class Broken(BaseCallback):
+        def _on_step(self) -> bool:
+            raise ZeroDivisionError("of the callback")
+
+    with pytest.raises(ZeroDivisionError) as info:
+        tiny(DummyVecEnv([good]), "MultiInputPolicy").learn(100, callback=Broken())
+    assert not hasattr(info.value, "__notes__")
 
 
 def test_a_broken_connection_of_an_environments_own() -> None:

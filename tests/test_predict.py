@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecVideoRecorder
 from test_dreamer_gpld import BOX, RandomSpaces, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
@@ -319,3 +320,18 @@ def test_images_are_taken_in_both_layouts() -> None:
     np.testing.assert_array_equal(last, first)
     single, _ = model.predict(image[0], deterministic=True)
     np.testing.assert_allclose(single, last[0], atol=1e-6)
+
+
+def test_a_video_is_recorded(tmp_path: Path) -> None:
+    """SB3's VecVideoRecorder around several environments, as its guide uses it."""
+    pytest.importorskip("moviepy")
+    model = tiny("CartPole-v1")
+    env = make_vec_env("CartPole-v1", n_envs=2, env_kwargs={"render_mode": "rgb_array"})
+    env = VecVideoRecorder(env, str(tmp_path), record_video_trigger=lambda step: step == 0, video_length=10)
+    observation, state, episode_start = env.reset(), None, np.ones(2, dtype=bool)
+    for _ in range(11):
+        action, state = model.predict(observation, state, episode_start, deterministic=True)
+        observation, _, episode_start, _ = env.step(action)
+    env.close()
+    (video,) = tmp_path.glob("*.mp4")
+    assert video.stat().st_size > 1000
