@@ -8,7 +8,7 @@ Source: Hafner et al., Nature 2025 (Methods, "World model learning") and the aut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
 from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
+from sb3_dreamer_gpld.unrolled import Affine, Unrolled
 
 
 class States(NamedTuple):
@@ -88,25 +89,42 @@ class RSSM(nn.Module):
         :param noise: uniform numbers, (B, T, K); None: the most probable classes
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (B, T, 1)
-        # Whatever does not depend on the state is computed for all steps at once.
-        first = self.posterior.layers[0]
-        deter_weight, token_weight = first.linear.weight.split([self.config.deter, tokens.shape[-1]], -1)
-        token_parts = F.linear(tokens, token_weight, first.linear.bias).unbind(1)  # T × (B, h)
-        action_parts = self._action_part(actions * keep).unbind(2)  # T × (G, B, D/G)
-        weights = self._core_weights()
-
+        products = self._unrolled_products(tokens, actions * keep)
         deters, stochs, logits = [], [], []
         stoch = stoch.flatten(1)  # (B, C·K)
         for t, kept in enumerate(keep.unbind(1)):
             draws = None if noise is None else noise[:, t]
-            deter, sample, logit = self._posterior_step(
-                deter * kept, stoch * kept, action_parts[t], token_parts[t], draws, weights, deter_weight
-            )
+            at_step = [product.at(t) for product in products]
+            deter, sample, logit, inputs = self._posterior_step(deter * kept, stoch * kept, draws, at_step)
+            for product, its_inputs in zip(products, inputs, strict=True):
+                product.note(its_inputs)
             stoch = sample.flatten(1)
             deters.append(deter)
             stochs.append(sample)
             logits.append(logit)
         return States(th.stack(deters, 1), th.stack(stochs, 1), th.stack(logits, 1))
+
+    def _unrolled_products(self, tokens: Tensor, actions: Tensor) -> list[Unrolled]:
+        """The products of :meth:`_posterior_step` along sequences: those of :meth:`_core`, then the posterior's layers.
+
+        Whatever does not depend on the state is computed for all steps at once and added.
+
+        :param tokens: (B, T, E)
+        :param actions: (B, T, A)
+        """
+        steps = tokens.shape[1::-1]  # T, B
+        blocks = (steps[0], self.config.blocks, steps[1])  # T, G, B
+        deter_in, stoch_in, gates = self._core_biases()
+        action_parts = self._action_part(actions).movedim(2, 0)  # (T, G, B, D/G)
+        added = [deter_in.expand(*steps, -1), stoch_in.expand(*steps, -1), action_parts, gates.expand(*blocks, -1)]
+
+        first, *others = [layer.linear for layer in self.posterior.layers] + [self.posterior.output.parts[0]]
+        deter_weight, token_weight = first.weight.split([self.config.deter, tokens.shape[-1]], -1)
+        added.append(F.linear(tokens.transpose(0, 1), token_weight, first.bias))  # (T, B, h)
+        added.extend(layer.bias.expand(*steps, -1) for layer in others)
+
+        weights = self._core_weights() + [[deter_weight.T], *([layer.weight.T] for layer in others)]
+        return [Unrolled(*product) for product in zip(added, weights, strict=True)]
 
     @th.no_grad()
     def imagine(
@@ -131,41 +149,34 @@ class RSSM(nn.Module):
         return features
 
     def _posterior_step(
-        self,
-        deter: Tensor,
-        stoch: Tensor,
-        action_part: Tensor,
-        token_part: Tensor,
-        noise: Tensor | None,
-        weights: tuple[Tensor, Tensor],
-        deter_weight: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, deter: Tensor, stoch: Tensor, noise: Tensor | None, products: Sequence[Affine]
+    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
         """One step of :meth:`observe`.
 
         :param deter, stoch: (B, D), (B, C·K)
-        :param action_part: (G, B, D/G)
-        :param token_part: what the tokens add to the posterior's first pre-activation, (B, h)
         :param noise: (B, K), or None
-        :param weights: :meth:`_core_weights`
-        :param deter_weight: what the posterior's first layer multiplies deter with, (h, D)
-        :return: deter (B, D), stoch and posterior logits (B, C, K)
+        :param products: of this step, see :meth:`_unrolled_products`
+        :return: deter (B, D), stoch and posterior logits (B, C, K); the inputs of the products
         """
-        first, *others = self.posterior.layers
-        deter = self._core(deter, stoch, action_part, weights)  # (B, D)
-        x = first.norm(F.linear(deter, deter_weight) + token_part)  # (B, h)
-        for layer in others:
-            x = layer(x)
-        logits = self._rows(self.posterior.output(x))  # (B, C, K)
+        deter, inputs = self._core(deter, stoch, products[:4])  # (B, D)
+        x = deter
+        for layer, product in zip(self.posterior.layers, products[4:], strict=False):
+            inputs.append((x,))
+            x = layer.norm(product(x))  # (B, h)
+        inputs.append((x,))
+        logits = self._rows(products[-1](x))  # (B, C, K)
         probs = self.probabilities(logits)
         sample = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
-        return deter, straight_through(sample, probs), logits
+        return deter, straight_through(sample, probs), logits, inputs
 
     def _prior_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: tuple[Tensor, Tensor]
+        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """One step of :meth:`imagine`: (N, D), (N, C·K), (N, A) → (N, D), (N, C·K)."""
+        deter_in, stoch_in, gates = self._core_biases()
         action_part = self._action_part(action.unsqueeze(1)).squeeze(2)  # (G, N, D/G)
-        deter = self._core(deter, stoch, action_part, weights)  # (N, D)
+        products = [Affine(*product) for product in zip([deter_in, stoch_in, action_part, gates], weights, strict=True)]
+        deter, _ = self._core(deter, stoch, products)  # (N, D)
         probs = self.probabilities(self.prior_logits(deter))  # (N, C, K)
         stoch = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
         return deter, stoch.flatten(1)
@@ -174,15 +185,21 @@ class RSSM(nn.Module):
         """(..., C·K) → (..., C, K)"""
         return at_least_float32(x).unflatten(-1, (self.config.classes, self.config.stoch))
 
-    def _core_weights(self) -> tuple[Tensor, Tensor]:
-        """The core's weight split by what it multiplies: the block's own slice of deter, and the shared inputs.
+    def _core_weights(self) -> list[list[Tensor]]:
+        """Weights of the products of :meth:`_core`, in its order; the action's part is in :meth:`_action_part`.
 
-        Every block sees the same three hidden vectors beside its slice of deter.
+        Every block of the core sees the same hidden vectors beside its own slice of deter.
 
-        :return: (G, D/G, D/G) and (G, 2h, D/G); the action's part is in :meth:`_action_part`
+        :return: deter_in (D, h); stoch_in (C·K, h); core: of the shared inputs (G, 2h, D/G) and of the own ones
+            (G, D/G, D/G); gates (G, D/G, 3·D/G)
         """
         own, hidden = self.config.deter // self.config.blocks, self.config.hidden
-        return self.core.weight[:, :own], self.core.weight[:, own : own + 2 * hidden]
+        core = [self.core.weight[:, own : own + 2 * hidden], self.core.weight[:, :own]]
+        return [[self.deter_in.linear.weight.T], [self.stoch_in.linear.weight.T], core, [self.gates.weight]]
+
+    def _core_biases(self) -> tuple[Tensor, Tensor, Tensor]:
+        """:return: deter_in (h,), stoch_in (h,), gates (G, 1, 3·D/G); the core's is in :meth:`_action_part`"""
+        return self.deter_in.linear.bias, self.stoch_in.linear.bias, self.gates.block_bias
 
     def _action_part(self, actions: Tensor) -> Tensor:
         """What the actions (B, T, A) add to the core's pre-activation, its bias included, (G, B, T, D/G)."""
@@ -192,24 +209,23 @@ class RSSM(nn.Module):
         part = th.baddbmm(self.core.block_bias, x.expand(len(weight), -1, -1), weight)  # (G, B·T, D/G)
         return part.unflatten(1, actions.shape[:2])
 
-    def _core(self, deter: Tensor, stoch: Tensor, action_part: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    def _core(self, deter: Tensor, stoch: Tensor, products: Sequence[Affine]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """One step of the recurrence.
 
         :param deter: (N, D)
         :param stoch: (N, C·K)
-        :param action_part: (G, N, D/G)
-        :param weights: :meth:`_core_weights`
-        :return: next deter, (N, D)
+        :param products: deter_in, stoch_in, core and gates, with :meth:`_core_weights`
+        :return: next deter, (N, D), and the inputs of the products
         """
         blocks = self.config.blocks
+        deter_in, stoch_in, core, gates = products
         own = deter.unflatten(-1, (blocks, -1)).transpose(0, 1)  # (G, N, D/G)
-        shared = th.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)  # (N, 2h)
-        x = th.baddbmm(action_part, shared.expand(blocks, -1, -1), weights[1])  # (G, N, D/G)
-        x = th.baddbmm(x, own, weights[0])
+        hidden = [self.deter_in.norm(deter_in(deter)), self.stoch_in.norm(stoch_in(stoch))]  # (N, h) each
+        shared = th.cat(hidden, -1)  # (N, 2h)
+        x = core(shared, own)  # (G, N, D/G)
         x = rms_norm_silu(x, self.core_norm.weight.view(blocks, 1, -1), (0, 2))
-        gates = th.baddbmm(self.gates.block_bias, x, self.gates.weight)  # (G, N, 3·D/G)
-        reset, candidate, update = at_least_float32(gates).chunk(3, -1)
+        reset, candidate, update = at_least_float32(gates(x)).chunk(3, -1)  # (G, N, D/G) each
         # tanh by way of the sigmoid, whose vectorised kernel is three times faster
         candidate = 2.0 * th.sigmoid(2.0 * th.sigmoid(reset) * candidate) - 1.0
-        own = th.lerp(own, candidate, th.sigmoid(update - 1.0))  # (G, N, D/G)
-        return own.transpose(0, 1).flatten(1)
+        following = th.lerp(own, candidate, th.sigmoid(update - 1.0))  # (G, N, D/G)
+        return following.transpose(0, 1).flatten(1), [(deter,), (stoch,), (shared, own), (x,)]

@@ -1,0 +1,99 @@
+"""Matrix products that are repeated at every step of a recurrence, with the gradient of their weights made at the end.
+
+Automatic differentiation gives each step's product a weight gradient of its own, of which a batch of 16 sequences makes a
+product with an inner dimension of 16, and then adds them up: most of the backward pass's memory traffic. Here the gradient
+is one product over all steps.
+
+Letters: B sequences, T steps, G blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch as th
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Affine(NamedTuple):
+    """A sum of matrix products, ``added`` + Σ x·weight.
+
+    :param added: (N, outputs), or (G, N, outputs) for G blocks; N may be 1, or left out without blocks
+    :param weights: one for each input, (inputs, outputs), or (G, inputs, outputs)
+    """
+
+    added: Tensor
+    weights: Sequence[Tensor]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """:param inputs: (N, inputs) each, for blocks that see the same, or (G, N, inputs)
+        :return: (N, outputs), or (G, N, outputs)
+        """
+        result = self.added
+        for x, weight in zip(inputs, self.weights, strict=True):
+            if weight.dim() == 2:
+                result = th.addmm(result, x, weight)
+            else:
+                result = th.baddbmm(result, x.expand(len(weight), -1, -1), weight)
+        return result
+
+
+class Unrolled:
+    """One :class:`Affine` at each of T steps. The inputs of every step have to be handed to :meth:`note`.
+
+    :param added: of each step, for all rows: (T, N, outputs), or (T, G, N, outputs)
+    :param weights: as in :class:`Affine`
+    """
+
+    def __init__(self, added: Tensor, weights: Sequence[Tensor]) -> None:
+        self.inputs: list[list[Tensor]] = [[] for _ in weights]
+        if th.is_grad_enabled():
+            for weight, inputs in zip(weights, self.inputs, strict=True):
+                added = _WeightGradient.apply(added, weight, inputs)
+        self.added = added.unbind(0)
+        self.weights = [as_computed(weight.detach()) for weight in weights]
+
+    def at(self, step: int) -> Affine:
+        """The sum of products of one step; its gradient leaves out the weights."""
+        return Affine(self.added[step], self.weights)
+
+    def note(self, inputs: Sequence[Tensor]) -> None:
+        """Keep a step's inputs, which the weights' gradients need."""
+        if th.is_grad_enabled():
+            for all_inputs, x in zip(self.inputs, inputs, strict=True):
+                all_inputs.append(x.detach())
+
+
+class _WeightGradient(th.autograd.Function):
+    """Passes on what is added, and makes the gradient of a weight from that of what is added and the inputs noted later.
+
+    The gradient of what is added is complete only after the backward pass of all steps, and it is that of the outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs, ctx.dtype, ctx.computed = inputs, weight.dtype, as_computed(weight).dtype
+        return added.view_as(added)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """:param gradient: (T, N, outputs), or (T, G, N, outputs)"""
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None
+        x = _all_rows(th.stack(ctx.inputs).to(ctx.computed))  # (T·N, inputs), or (G, T·N, inputs)
+        weight = x.mT @ _all_rows(gradient.to(ctx.computed))  # (inputs, outputs), or (G, inputs, outputs)
+        return gradient, weight.to(ctx.dtype), None
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    """(T, ..., N, size) → (..., T·N, size)"""
+    return x.movedim(0, -3).flatten(-3, -2)
+
+
+def as_computed(weight: Tensor) -> Tensor:
+    """The weight in the dtype of matrix products: autocast would convert a detached weight anew at each step."""
+    kind = weight.device.type
+    return weight.to(th.get_autocast_dtype(kind)) if th.is_autocast_enabled(kind) else weight

@@ -1,0 +1,127 @@
+"""Products repeated along a recurrence: values and gradients against plain automatic differentiation."""
+
+from __future__ import annotations
+
+import pytest
+import torch as th
+from torch import Tensor
+
+from sb3_dreamer_gpld.config import ModelConfig
+from sb3_dreamer_gpld.rssm import RSSM
+from sb3_dreamer_gpld.unrolled import Affine, Unrolled
+
+STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
+
+
+def parameters(blocks: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    """What is added, two weights and a start of a recurrence in float64."""
+    th.manual_seed(0)
+    group = (BLOCKS,) if blocks else ()
+    added = th.randn(STEPS, *group, ROWS, SIZE, dtype=th.float64)
+    weights = [th.randn(*group, inputs, SIZE, dtype=th.float64) for inputs in (SIZE, OTHERS)]
+    start = th.randn(*group, ROWS, SIZE, dtype=th.float64)
+    return added.requires_grad_(), [weight.requires_grad_() for weight in weights], start.requires_grad_()
+
+
+def drive(state: Tensor) -> Tensor:
+    """The second input, (N, OTHERS): blocks see the same one."""
+    total = state.sum(0) if state.dim() == 3 else state
+    return th.cat([total, total[:, :1].square()], -1)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_equals_plain_products(blocks: bool) -> None:
+    added, weights, start = parameters(blocks)
+
+    def run(unrolled: bool) -> Tensor:
+        product = Unrolled(added, weights)
+        state = start
+        for t in range(STEPS):
+            inputs = (state, drive(state))
+            at_step = product.at(t) if unrolled else Affine(added[t], weights)
+            product.note(inputs)
+            state = th.tanh(at_step(*inputs))
+        return state
+
+    leaves = [added, *weights, start]
+    expected = run(False)
+    th.testing.assert_close(run(True), expected, rtol=0, atol=1e-14)
+    for ours, theirs in zip(
+        th.autograd.grad(run(True).square().sum(), leaves), th.autograd.grad(expected.square().sum(), leaves), strict=True
+    ):
+        th.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    added, weights, start = parameters(False)
+    weights[0].requires_grad_(False)
+    product = Unrolled(added, weights)
+    inputs = (start, drive(start))
+    total = th.zeros((), dtype=th.float64)
+    for t in range(STEPS):
+        product.note(inputs)
+        total = total + product.at(t)(*inputs).sum()
+    total.backward()
+    assert weights[0].grad is None
+    assert weights[1].grad is not None
+
+
+def test_bfloat16_products_have_float32_gradients() -> None:
+    th.manual_seed(0)
+    weight = th.randn(SIZE, SIZE, requires_grad=True)
+    x = th.randn(STEPS, ROWS, SIZE)
+    with th.autocast("cpu", th.bfloat16):
+        product = Unrolled(th.zeros(STEPS, ROWS, SIZE, requires_grad=True), [weight])
+        outputs = []
+        for t in range(STEPS):
+            outputs.append(product.at(t)(x[t]))
+            product.note((x[t],))
+    assert outputs[0].dtype == th.bfloat16
+    th.stack(outputs).float().square().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == th.float32
+    expected = 2 * x.flatten(0, 1).T @ x.flatten(0, 1) @ weight.detach()
+    th.testing.assert_close(weight.grad, expected, rtol=0.05, atol=0.2)
+
+
+def test_nothing_is_kept_without_gradient() -> None:
+    with th.no_grad():
+        product = Unrolled(th.zeros(STEPS, ROWS, SIZE), [th.zeros(SIZE, SIZE)])
+        product.note((th.zeros(ROWS, SIZE),))
+    assert product.inputs == [[]]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_gradients_of_observe(layers: int) -> None:
+    """Central differences along a random direction of all parameters, with fixed samples (no straight-through path)."""
+    th.manual_seed(0)
+    config = ModelConfig(deter=16, hidden=4, stoch=3, classes=4, blocks=4, units=4, posterior_layers=layers)
+    rssm = RSSM(tokens=5, actions=2, config=config).double()
+    tokens = th.randn(2, 6, 5, dtype=th.float64)
+    actions = th.rand(2, 6, 2, dtype=th.float64) * 2 - 1
+    is_first = th.zeros(2, 6, dtype=th.bool)
+    is_first[0, 3] = True
+    start = rssm.initial(2)
+    target = th.randn(2, 6, 12, dtype=th.float64)
+
+    def loss() -> Tensor:
+        states = rssm.observe(tokens, actions, is_first, *start, None)
+        return (states.logits.flatten(-2) * target).sum() + states.deter.square().sum()
+
+    parts = list(rssm.parameters())
+    th.autograd.grad(loss(), parts, allow_unused=True)  # a second backward pass must not depend on a first one
+    direction = [th.randn_like(part) for part in parts]
+
+    # The mode's gradient is straight-through, which differences do not see: cut it for the comparison.
+    original = rssm.probabilities
+    rssm.probabilities = lambda logits: original(logits).detach()  # type: ignore[method-assign]
+    gradients = th.autograd.grad(loss(), parts, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True) if g is not None)
+    values = []
+    with th.no_grad():
+        for sign in (1, -1):
+            for part, d in zip(parts, direction, strict=True):
+                part.add_(d, alpha=sign * 1e-7)
+            values.append(loss())
+            for part, d in zip(parts, direction, strict=True):
+                part.add_(d, alpha=-sign * 1e-7)
+    th.testing.assert_close(slope, (values[0] - values[1]) / 2e-7, rtol=1e-6, atol=1e-6)
