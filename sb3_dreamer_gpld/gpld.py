@@ -29,6 +29,8 @@ from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import PenaltyConfig
 
+STRIP = 16  # units of a hidden layer whose products with the others are computed together in the exact form
+
 
 class Layer(NamedTuple):
     """A layer linear → RMSNorm → SiLU.
@@ -155,8 +157,7 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
 
     Row c of J_i is p_c·(w_c − μ)ᵀ D with μ = Σ_c p_c w_c and D the Jacobian of the hidden layer, so with ⟨·, ·⟩ the inner
     product of DDᵀ, ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c. With S = diag(slope),
-    ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d', where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h. The ⟨w_c, w_c⟩ of all states are a
-    product of (slope ⊗ slope) with (w_c ⊗ w_c ⊙ G).
+    ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d', where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h.
 
     :param weight: (R, C, h)
     :param p: probabilities before the mix, (R, n, C)
@@ -170,9 +171,8 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
     b = k * gz - 0.5 * k.square() * (gz * z).sum(-1, keepdim=True) * z  # (n, h)
     along_z = th.matmul(at.slope * z, weight.mT)  # (R, n, C): ⟨S z, w_c⟩
     along_b = th.matmul(at.slope * b, weight.mT)  # (R, n, C)
-    slopes = (at.slope.unsqueeze(-1) * at.slope.unsqueeze(-2)).flatten(1)  # (n, h·h)
-    outer = (weight.unsqueeze(-1) * weight.unsqueeze(-2) * gram).flatten(2).flatten(0, 1)  # (R·C, h·h)
-    norms = (slopes @ outer.mT).unflatten(1, p.shape[::2]).movedim(0, 1) - 2.0 * along_z * along_b  # (R, n, C)
+    own = _own_products(at.slope, weight, gram)  # (R, n, C)
+    norms = own - 2.0 * along_z * along_b  # (R, n, C)
 
     squares = p.square()  # (R, n, C)
     shares = p * squares.sum(-1, keepdim=True) - 2.0 * squares  # (R, n, C), of the logits in τ
@@ -181,6 +181,26 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
     mu_z, mu_b = (p * along_z).sum(-1), (p * along_b).sum(-1)  # (R, n)
     tau_z, tau_b = (shares * along_z).sum(-1), (shares * along_b).sum(-1)  # (R, n)
     return rr.squeeze(-1) * ((squares * norms).sum(-1) + inner - tau_z * mu_b - tau_b * mu_z)
+
+
+def _own_products(slope: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
+    """w_cᵀ S G S w_c for every row, state and class: a product of (slope ⊗ slope) with (w_c ⊗ w_c ⊙ G).
+
+    Both are symmetric, so of each pair of units one side is computed, in strips of :data:`STRIP` units.
+
+    :param slope: diagonal of S, (n, h)
+    :param weight: w, (R, C, h)
+    :param gram: G, (h, h)
+    :return: (R, n, C)
+    """
+    total = slope.new_zeros(())
+    for start in range(0, len(gram), STRIP):
+        strip = slice(start, start + STRIP)
+        gram_strip = th.cat([gram[strip, strip], 2.0 * gram[strip, start + STRIP :]], -1)  # (s, h − start)
+        slopes = slope[:, strip].unsqueeze(-1) * slope[:, start:].unsqueeze(-2)  # (n, s, h − start)
+        outer = weight[..., strip].unsqueeze(-1) * weight[..., start:].unsqueeze(-2) * gram_strip  # (R, C, s, h − start)
+        total = total + slopes.flatten(1) @ outer.flatten(2).flatten(0, 1).mT  # (n, R·C)
+    return total.unflatten(1, weight.shape[:2]).movedim(0, 1)
 
 
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:
