@@ -5,7 +5,7 @@ Usage: python -m benchmarks.penalty_cost [--sizes 1m 12m] [--repeats 15] [--batc
 
 The posterior is penalised at half of the states and in all rows, the paper's setting. In each repeat every arm makes one
 update, in an order that rotates, and a yardstick is timed between them; ratios are medians over the repeats. Peak memory is
-the largest resident set of a process of its own. Let nothing else run beside it.
+the largest resident set of a process of its own, the median of three. Let nothing else run beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "exact": dict(posterior_penalty=0.5, penalty_fraction=0.5, penalty_estimator="exact"),
 }
 WARM_UP = 2  # updates before anything is timed
+PROCESSES = 3  # whose peak memory is measured
 
 
 def make(arm: str, size: str, args: argparse.Namespace) -> DreamerGPLD:
@@ -50,13 +51,13 @@ def update_seconds(model: DreamerGPLD) -> float:
 
 
 def peak_mib(arm: str, size: str) -> float:
-    """Peak memory of a process that makes some updates; the process takes the other arguments of this one.
+    """Median of the peak memory of processes that make some updates; they take the other arguments of this one.
 
     To be called while this process is small: a new one starts with the peak of the one that it comes from.
     """
     command = [sys.executable, "-m", "benchmarks.penalty_cost", *sys.argv[1:], "--sizes", size, "--peak-of", arm]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.splitlines()[-1])
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(PROCESSES)]
+    return float(np.median([float(output.splitlines()[-1]) for output in outputs]))
 
 
 def measure(size: str, peaks: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
