@@ -69,7 +69,7 @@ def is_compiler_error(error: BaseException) -> bool:
 
 STEPS = {
     "world_model": ("encode_targets", "replay_losses", "penalty_losses"),
-    "world_model.rssm": ("_posterior_step", "_prior_step"),
+    "world_model.rssm": ("_posterior_steps", "_prior_step"),
     "actor_critic": ("policy_outputs", "value_step", "prediction_step", "value_loss_step"),
 }
 
@@ -85,7 +85,7 @@ def compile_steps(policy: DreamerPolicy) -> None:
 
 def is_compiled(policy: DreamerPolicy) -> bool:
     """Whether :func:`compile_steps` was called on the policy."""
-    return "_posterior_step" in policy.world_model.rssm.__dict__
+    return "_posterior_steps" in policy.world_model.rssm.__dict__
 
 
 @contextmanager

@@ -207,18 +207,18 @@ class DreamerPolicy(BasePolicy):
         :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
         """
         n, config = is_first.shape[0], self.config  # not len(): it would fix N in an exported program
-        tokens = self.world_model.encode(as_dict(observation), (n, 1))  # (N, 1, E)
-        noise = None if deterministic else th.rand(n, 1, config.stoch, device=tokens.device)
-        states = self.world_model.rssm.observe(
-            tokens, state.action.unsqueeze(1), is_first.unsqueeze(1), state.deter, state.stoch, noise
-        )
-        outputs = self.actor_critic.policy(states.features.squeeze(1))  # (N, outputs)
+        tokens = self.world_model.encode(as_dict(observation), (n, 1)).squeeze(1)  # (N, E)
+        noise = None if deterministic else th.rand(n, config.stoch, device=tokens.device)
+        following = self.world_model.rssm.step(
+            tokens, state.action, is_first, state.deter, state.stoch.flatten(1), noise
+        )  # (N, ...)
+        outputs = self.actor_critic.policy(following.features)  # (N, outputs)
         distribution = self.actor_critic.distribution
         if deterministic:
             action = distribution.mode(outputs)
         else:
             action = distribution.sample(outputs, distribution.draw((n,), outputs.device))
-        return RecurrentState(states.deter.squeeze(1), states.stoch.squeeze(1), action.clamp(-1.0, 1.0))  # (N, A)
+        return RecurrentState(following.deter, following.stoch, action.clamp(-1.0, 1.0))
 
     def predict(
         self,

@@ -20,6 +20,9 @@ from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straigh
 from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
 from sb3_dreamer_gpld.unrolled import Affine, Unrolled
 
+# Steps of observe that are compiled as one function: more of them cost less to call, and take longer to compile.
+STEPS_TOGETHER = 4
+
 
 class States(NamedTuple):
     """States after a sequence of observations.
@@ -90,19 +93,34 @@ class RSSM(nn.Module):
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (B, T, 1)
         products = self._unrolled_products(tokens, actions * keep)
-        deters, stochs, logits = [], [], []
+        draws = [None] * len(products[0].added) if noise is None else noise.split(STEPS_TOGETHER, 1)
         stoch = stoch.flatten(1)  # (B, C·K)
-        for t, kept in enumerate(keep.unbind(1)):
-            draws = None if noise is None else noise[:, t]
-            at_step = [product.at(t) for product in products]
-            deter, sample, logit, inputs = self._posterior_step(deter * kept, stoch * kept, draws, at_step)
+        parts = []
+        for i, kept in enumerate(keep.split(STEPS_TOGETHER, 1)):
+            at_steps = [product.at(i) for product in products]
+            deter, stoch, states, inputs = self._posterior_steps(deter, stoch, kept, draws[i], at_steps)
             for product, its_inputs in zip(products, inputs, strict=True):
                 product.note(its_inputs)
-            stoch = sample.flatten(1)
-            deters.append(deter)
-            stochs.append(sample)
-            logits.append(logit)
-        return States(th.stack(deters, 1), th.stack(stochs, 1), th.stack(logits, 1))
+            parts.append(states)
+        return States(*(th.cat(part, 1) for part in zip(*parts, strict=True)))
+
+    def step(
+        self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor | None
+    ) -> States:
+        """One step of :meth:`observe`, for acting: without what makes many steps cheap.
+
+        :param tokens: (N, E)
+        :param action: before the observation, (N, A)
+        :param is_first: the observation starts an episode, (N,)
+        :param deter, stoch: previous state, (N, D), (N, C·K)
+        :param noise: uniform numbers, (N, K); None: the most probable classes
+        :return: the state, without the dimension of steps
+        """
+        keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (N, 1)
+        products = self._core_products(action * keep, self._core_weights())
+        deter, _ = self._core(deter * keep, stoch * keep, products)  # (N, D)
+        logits = self._rows(self.posterior(th.cat([deter, tokens], -1)))  # (N, C, K)
+        return States(deter, self._sample(self.probabilities(logits), noise), logits)
 
     def _unrolled_products(self, tokens: Tensor, actions: Tensor) -> list[Unrolled]:
         """The products of :meth:`_posterior_step` along sequences: those of :meth:`_core`, then the posterior's layers.
@@ -124,7 +142,7 @@ class RSSM(nn.Module):
         added.extend(layer.bias.expand(*steps, -1) for layer in others)
 
         weights = self._core_weights() + [[deter_weight.T], *([layer.weight.T] for layer in others)]
-        return [Unrolled(*product) for product in zip(added, weights, strict=True)]
+        return [Unrolled(*product, STEPS_TOGETHER) for product in zip(added, weights, strict=True)]
 
     @th.no_grad()
     def imagine(
@@ -148,6 +166,32 @@ class RSSM(nn.Module):
             features.append(th.cat([deter, stoch], -1))
         return features
 
+    def _posterior_steps(
+        self, deter: Tensor, stoch: Tensor, keep: Tensor, noise: Tensor | None, products: Sequence[Affine]
+    ) -> tuple[Tensor, Tensor, States, list[list[Tensor]]]:
+        """A few steps of :meth:`observe`, which are compiled together.
+
+        :param deter, stoch: before the first of the t steps, (B, D), (B, C·K)
+        :param keep: 0 where the state is zeroed before the step, else 1, (B, t, 1)
+        :param noise: (B, t, K), or None
+        :param products: see :meth:`_unrolled_products`, with what is added at each of the steps
+        :return: deter (B, D) and stoch (B, C·K) after the last step; the states; the inputs of the products at all steps
+        """
+        added = [product.added.unbind(0) for product in products]
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        inputs: list[list[tuple[Tensor, ...]]] = []
+        for t, kept in enumerate(keep.unbind(1)):
+            at_step = [Affine(its_added[t], product.weights) for its_added, product in zip(added, products, strict=True)]
+            draws = None if noise is None else noise[:, t]
+            deter, sample, logits, its_inputs = self._posterior_step(deter * kept, stoch * kept, draws, at_step)
+            stoch = sample.flatten(1)  # (B, C·K)
+            steps.append((deter, sample, logits))
+            inputs.append(its_inputs)
+        states = States(*(th.stack(parts, 1) for parts in zip(*steps, strict=True)))
+        # (t, N, inputs) each
+        stacked = [[th.stack(x) for x in zip(*product, strict=True)] for product in zip(*inputs, strict=True)]
+        return deter, stoch, states, stacked
+
     def _posterior_step(
         self, deter: Tensor, stoch: Tensor, noise: Tensor | None, products: Sequence[Affine]
     ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
@@ -155,7 +199,7 @@ class RSSM(nn.Module):
 
         :param deter, stoch: (B, D), (B, C·K)
         :param noise: (B, K), or None
-        :param products: of this step, see :meth:`_unrolled_products`
+        :param products: of this step
         :return: deter (B, D), stoch and posterior logits (B, C, K); the inputs of the products
         """
         deter, inputs = self._core(deter, stoch, products[:4])  # (B, D)
@@ -166,20 +210,20 @@ class RSSM(nn.Module):
         inputs.append((x,))
         logits = self._rows(products[-1](x))  # (B, C, K)
         probs = self.probabilities(logits)
-        sample = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
-        return deter, straight_through(sample, probs), logits, inputs
+        return deter, straight_through(self._sample(probs, noise), probs), logits, inputs
 
     def _prior_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """One step of :meth:`imagine`: (N, D), (N, C·K), (N, A) → (N, D), (N, C·K)."""
-        deter_in, stoch_in, gates = self._core_biases()
-        action_part = self._action_part(action.unsqueeze(1)).squeeze(2)  # (G, N, D/G)
-        products = [Affine(*product) for product in zip([deter_in, stoch_in, action_part, gates], weights, strict=True)]
-        deter, _ = self._core(deter, stoch, products)  # (N, D)
+        deter, _ = self._core(deter, stoch, self._core_products(action, weights))  # (N, D)
         probs = self.probabilities(self.prior_logits(deter))  # (N, C, K)
-        stoch = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
-        return deter, stoch.flatten(1)
+        return deter, self._sample(probs, noise).flatten(1)
+
+    @staticmethod
+    def _sample(probs: Tensor, noise: Tensor | None) -> Tensor:
+        """One-hot samples of probabilities (..., C, K), with uniform numbers (..., K), or the most probable classes."""
+        return mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(..., C·K) → (..., C, K)"""
@@ -200,6 +244,12 @@ class RSSM(nn.Module):
     def _core_biases(self) -> tuple[Tensor, Tensor, Tensor]:
         """:return: deter_in (h,), stoch_in (h,), gates (G, 1, 3·D/G); the core's is in :meth:`_action_part`"""
         return self.deter_in.linear.bias, self.stoch_in.linear.bias, self.gates.block_bias
+
+    def _core_products(self, action: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Affine]:
+        """The products of one step of :meth:`_core` after an action (N, A), with :meth:`_core_weights`."""
+        deter_in, stoch_in, gates = self._core_biases()
+        action_part = self._action_part(action.unsqueeze(1)).squeeze(2)  # (G, N, D/G)
+        return [Affine(*product) for product in zip([deter_in, stoch_in, action_part, gates], weights, strict=True)]
 
     def _action_part(self, actions: Tensor) -> Tensor:
         """What the actions (B, T, A) add to the core's pre-activation, its bias included, (G, B, T, D/G)."""

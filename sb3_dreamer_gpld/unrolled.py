@@ -41,26 +41,27 @@ class Affine(NamedTuple):
 
 
 class Unrolled:
-    """One :class:`Affine` at each of T steps. The inputs of every step have to be handed to :meth:`note`.
+    """One :class:`Affine` at each of T steps. The inputs of every step have to be handed to :meth:`note`, in their order.
 
     :param added: of each step, for all rows: (T, N, outputs), or (T, G, N, outputs)
     :param weights: as in :class:`Affine`
+    :param together: steps that :meth:`at` gives at once, t
     """
 
-    def __init__(self, added: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(self, added: Tensor, weights: Sequence[Tensor], together: int) -> None:
         self.inputs: list[list[Tensor]] = [[] for _ in weights]
         if th.is_grad_enabled():
             for weight, inputs in zip(weights, self.inputs, strict=True):
                 added = _WeightGradient.apply(added, weight, inputs)
-        self.added = added.unbind(0)
+        self.added = added.split(together)
         self.weights = [as_computed(weight.detach()) for weight in weights]
 
-    def at(self, step: int) -> Affine:
-        """The sum of products of one step; its gradient leaves out the weights."""
-        return Affine(self.added[step], self.weights)
+    def at(self, part: int) -> Affine:
+        """The sum of products of t steps, with (t, ...) added; its gradient leaves out the weights."""
+        return Affine(self.added[part], self.weights)
 
     def note(self, inputs: Sequence[Tensor]) -> None:
-        """Keep a step's inputs, which the weights' gradients need."""
+        """Keep the inputs (t, ...) of some steps, which the weights' gradients need."""
         if th.is_grad_enabled():
             for all_inputs, x in zip(self.inputs, inputs, strict=True):
                 all_inputs.append(x.detach())
@@ -83,7 +84,7 @@ class _WeightGradient(th.autograd.Function):
         """:param gradient: (T, N, outputs), or (T, G, N, outputs)"""
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
-        x = _all_rows(th.stack(ctx.inputs).to(ctx.computed))  # (T·N, inputs), or (G, T·N, inputs)
+        x = _all_rows(th.cat(ctx.inputs).to(ctx.computed))  # (T·N, inputs), or (G, T·N, inputs)
         weight = x.mT @ _all_rows(gradient.to(ctx.computed))  # (inputs, outputs), or (G, inputs, outputs)
         return gradient, weight.to(ctx.dtype), None
 

@@ -7,7 +7,7 @@ import torch as th
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import ModelConfig
-from sb3_dreamer_gpld.rssm import RSSM
+from sb3_dreamer_gpld.rssm import RSSM, STEPS_TOGETHER
 from sb3_dreamer_gpld.unrolled import Affine, Unrolled
 
 STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
@@ -29,17 +29,23 @@ def drive(state: Tensor) -> Tensor:
     return th.cat([total, total[:, :1].square()], -1)
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("blocks", [False, True])
-def test_equals_plain_products(blocks: bool) -> None:
+def test_equals_plain_products(blocks: bool, together: int) -> None:
     added, weights, start = parameters(blocks)
 
     def run(unrolled: bool) -> Tensor:
-        product = Unrolled(added, weights)
+        product = Unrolled(added, weights, together)
         state = start
+        noted: list[tuple[Tensor, ...]] = []
         for t in range(STEPS):
+            part, step = divmod(t, together)
             inputs = (state, drive(state))
-            at_step = product.at(t) if unrolled else Affine(added[t], weights)
-            product.note(inputs)
+            at_step = Affine(product.at(part).added[step], product.weights) if unrolled else Affine(added[t], weights)
+            noted.append(inputs)
+            if step == together - 1 or t == STEPS - 1:
+                product.note([th.stack(x) for x in zip(*noted, strict=True)])
+                noted = []
             state = th.tanh(at_step(*inputs))
         return state
 
@@ -55,12 +61,13 @@ def test_equals_plain_products(blocks: bool) -> None:
 def test_frozen_weights_get_no_gradient() -> None:
     added, weights, start = parameters(False)
     weights[0].requires_grad_(False)
-    product = Unrolled(added, weights)
+    product = Unrolled(added, weights, together=1)
     inputs = (start, drive(start))
     total = th.zeros((), dtype=th.float64)
     for t in range(STEPS):
-        product.note(inputs)
-        total = total + product.at(t)(*inputs).sum()
+        product.note([x.unsqueeze(0) for x in inputs])
+        at_step = product.at(t)
+        total = total + Affine(at_step.added[0], at_step.weights)(*inputs).sum()
     total.backward()
     assert weights[0].grad is None
     assert weights[1].grad is not None
@@ -71,11 +78,9 @@ def test_bfloat16_products_have_float32_gradients() -> None:
     weight = th.randn(SIZE, SIZE, requires_grad=True)
     x = th.randn(STEPS, ROWS, SIZE)
     with th.autocast("cpu", th.bfloat16):
-        product = Unrolled(th.zeros(STEPS, ROWS, SIZE, requires_grad=True), [weight])
-        outputs = []
-        for t in range(STEPS):
-            outputs.append(product.at(t)(x[t]))
-            product.note((x[t],))
+        product = Unrolled(th.zeros(STEPS, ROWS, SIZE, requires_grad=True), [weight], together=STEPS)
+        outputs = [Affine(added, product.weights)(x[t]) for t, added in enumerate(product.at(0).added)]
+        product.note((x,))
     assert outputs[0].dtype == th.bfloat16
     th.stack(outputs).float().square().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == th.float32
@@ -85,9 +90,30 @@ def test_bfloat16_products_have_float32_gradients() -> None:
 
 def test_nothing_is_kept_without_gradient() -> None:
     with th.no_grad():
-        product = Unrolled(th.zeros(STEPS, ROWS, SIZE), [th.zeros(SIZE, SIZE)])
-        product.note((th.zeros(ROWS, SIZE),))
+        product = Unrolled(th.zeros(STEPS, ROWS, SIZE), [th.zeros(SIZE, SIZE)], together=1)
+        product.note((th.zeros(1, ROWS, SIZE),))
     assert product.inputs == [[]]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_step_is_one_step_of_observe(layers: int) -> None:
+    """Acting goes another way to the same numbers, resets included."""
+    th.manual_seed(0)
+    config = ModelConfig(deter=16, hidden=4, stoch=3, classes=4, blocks=4, units=4, posterior_layers=layers)
+    rssm = RSSM(tokens=5, actions=2, config=config).double()
+    steps = STEPS_TOGETHER + 2
+    tokens = th.randn(2, steps, 5, dtype=th.float64)
+    actions = th.randn(2, steps, 2, dtype=th.float64)
+    is_first = th.zeros(2, steps, dtype=th.bool)
+    is_first[0, 3] = True
+    noise = th.rand(2, steps, 3, dtype=th.float64)
+    expected = rssm.observe(tokens, actions, is_first, *rssm.initial(2), noise)
+    deter, stoch = rssm.initial(2)
+    for t in range(steps):
+        states = rssm.step(tokens[:, t], actions[:, t], is_first[:, t], deter, stoch.flatten(1), noise[:, t])
+        for name, ours in states._asdict().items():
+            th.testing.assert_close(ours, getattr(expected, name)[:, t], rtol=1e-12, atol=1e-12)
+        deter, stoch = states.deter, states.stoch
 
 
 @pytest.mark.parametrize("layers", [1, 3])
