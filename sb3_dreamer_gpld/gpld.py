@@ -21,10 +21,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import PenaltyConfig
@@ -92,8 +93,8 @@ def row_penalty(
             squares = _exact(weight, p, layers, local)  # (R, n)
     else:
         v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
-        d = th.bmm(v, weight).unsqueeze(2)  # (R, n, 1, h): one cotangent for each row and state
-        squares = _inner_products(d, layers, local)[:, :, 0, 0]  # (R, n)
+        d = th.bmm(v, weight)  # (R, n, h): one cotangent for each row and state
+        squares = _squared_norms(d, layers, local)  # (R, n)
     return (1.0 - unimix) ** 2 * squares.mean(0)
 
 
@@ -114,12 +115,55 @@ def _through_norm(d: Tensor, at: _Local) -> Tensor:
     return (y - z * along) * rms_inverse
 
 
-def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
-    """Inner products of the cotangents of the net's input that belong to cotangents of the last hidden layer's output.
+def _squared_norms(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
+    """Squared norms of the cotangents of the net's input that belong to one of each row at the last hidden layer's output.
 
     At the first layer, with y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with
-    G = W Wᵀ the inner product of two of them, through W, is r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz): the y are the
-    only large arrays.
+    G = W Wᵀ its squared norm, through W, is r²·(yᵀGy − 2a·yᵀGz + a²·zᵀGz): the y are the only large arrays.
+
+    :param d: (R, n, h)
+    :param layers: hidden layers
+    :param local: of each
+    :return: (R, n)
+    """
+    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
+        d = _through_norm(d.unsqueeze(2), at).squeeze(2) @ layer.weight
+    at, gram = local[0], layers[0].weight @ layers[0].weight.T  # (h, h)
+    y, gz, rr = d * at.slope, at.z @ gram, at.rms_inverse.square()  # (R, n, h), (n, h), (n, 1)
+    along = th.stack([at.z, gz], -1)  # (n, h, 2)
+    along_z, along_gz = th.bmm(y.transpose(0, 1), along).unbind(-1)  # (n, R) each
+    a = along_z * (rr / y.shape[-1])  # (n, R)
+    rest = a * (a * (gz * at.z).sum(-1, keepdim=True) - 2.0 * along_gz)  # (n, R)
+    return rr.T * (_QuadraticForm.apply(y, gram) + rest.T)
+
+
+class _QuadraticForm(th.autograd.Function):
+    """yᵀ G y of many vectors with a symmetric G, one matrix product for the value and one for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gram: Tensor) -> Tensor:
+        """
+        :param y: (R, n, h)
+        :param gram: G, (h, h)
+        :return: (R, n)
+        """
+        gy = y @ gram  # (R, n, h)
+        ctx.save_for_backward(y, gy)
+        return (y * gy).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """:param gradient: (R, n)"""
+        y, gy = ctx.saved_tensors
+        weighted = gradient.unsqueeze(-1) * y  # (R, n, h)
+        return 2.0 * gradient.unsqueeze(-1) * gy, weighted.flatten(0, 1).T @ y.flatten(0, 1)
+
+
+def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
+    """The inner products behind :func:`_squared_norms`, of several cotangents of each row with each other.
+
+    With y, y' and a, a' of two of them they are r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz).
 
     :param d: q cotangents of each row, (R, n or 1, q, h)
     :param layers: hidden layers
@@ -135,8 +179,7 @@ def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local])
     a = (y * z).sum(-1, keepdim=True) * (rr / z.shape[-1])  # (R, n, q, 1)
     across = (gy * z).sum(-1, keepdim=True) * a.mT  # (R, n, q, q): yᵀGz times a of the other
     own = a * a.mT * (z @ gram * z).sum(-1, keepdim=True)  # (R, n, q, q)
-    inner = y @ gy.mT if y.shape[2] > 1 else (y * gy).sum(-1, keepdim=True)  # (R, n, q, q)
-    return rr * (inner - across - across.mT + own)
+    return rr * (y @ gy.mT - across - across.mT + own)
 
 
 def _exact(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
@@ -171,7 +214,8 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
     b = k * gz - 0.5 * k.square() * (gz * z).sum(-1, keepdim=True) * z  # (n, h)
     along_z = th.matmul(at.slope * z, weight.mT)  # (R, n, C): ⟨S z, w_c⟩
     along_b = th.matmul(at.slope * b, weight.mT)  # (R, n, C)
-    own = _own_products(at.slope, weight, gram)  # (R, n, C)
+    own = _OwnProducts.apply(at.slope, weight.flatten(0, 1), gram)  # (n, R·C)
+    own = own.unflatten(1, weight.shape[:2]).movedim(0, 1)  # (R, n, C)
     norms = own - 2.0 * along_z * along_b  # (R, n, C)
 
     squares = p.square()  # (R, n, C)
@@ -183,24 +227,64 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
     return rr.squeeze(-1) * ((squares * norms).sum(-1) + inner - tau_z * mu_b - tau_b * mu_z)
 
 
-def _own_products(slope: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
-    """w_cᵀ S G S w_c for every row, state and class: a product of (slope ⊗ slope) with (w_c ⊗ w_c ⊙ G).
+class _OwnProducts(th.autograd.Function):
+    """w_cᵀ S G S w_c for every state and class: a product of (slope ⊗ slope) with (w_c ⊗ w_c ⊙ G).
 
-    Both are symmetric, so of each pair of units one side is computed, in strips of :data:`STRIP` units.
+    Both are symmetric, so of each pair of units one side is computed, in strips of :data:`STRIP` units. These are the
+    largest arrays of the exact form: the backward pass makes each strip anew, while it is in the processor's cache,
+    instead of keeping them all.
 
-    :param slope: diagonal of S, (n, h)
-    :param weight: w, (R, C, h)
-    :param gram: G, (h, h)
-    :return: (R, n, C)
+    Letters: M = R·C classes of all rows, s units of a strip, m = h − start units from its first one on.
     """
-    total = slope.new_zeros(())
-    for start in range(0, len(gram), STRIP):
-        strip = slice(start, start + STRIP)
-        gram_strip = th.cat([gram[strip, strip], 2.0 * gram[strip, start + STRIP :]], -1)  # (s, h − start)
-        slopes = slope[:, strip].unsqueeze(-1) * slope[:, start:].unsqueeze(-2)  # (n, s, h − start)
-        outer = weight[..., strip].unsqueeze(-1) * weight[..., start:].unsqueeze(-2) * gram_strip  # (R, C, s, h − start)
-        total = total + slopes.flatten(1) @ outer.flatten(2).flatten(0, 1).mT  # (n, R·C)
-    return total.unflatten(1, weight.shape[:2]).movedim(0, 1)
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
+        """
+        :param slope: diagonal of S, (n, h)
+        :param weight: w, (M, h)
+        :param gram: G, (h, h)
+        :return: (n, M)
+        """
+        ctx.save_for_backward(slope, weight, gram)
+        total = slope.new_zeros(len(slope), len(weight))
+        for start in range(0, len(gram), STRIP):
+            outer = _pairs(weight, start).mul_(_doubled(gram, start))  # (M, s, m)
+            total = total.addmm(_pairs(slope, start).flatten(1), outer.flatten(1).T)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:param gradient: (n, M)"""
+        slope, weight, gram = ctx.saved_tensors
+        of_slope, of_weight, of_gram = th.zeros_like(slope), th.zeros_like(weight), th.zeros_like(gram)
+        for start in range(0, len(gram), STRIP):
+            factors, pairs = _doubled(gram, start), _pairs(weight, start)  # (s, m), (M, s, m)
+            of_slopes = (gradient @ pairs.flatten(1)).view(len(slope), *factors.shape).mul_(factors)  # (n, s, m)
+            of_outer = (gradient.T @ _pairs(slope, start).flatten(1)).view_as(pairs)  # (M, s, m)
+            of_gram[start : start + STRIP, start:] = pairs.mul_(of_outer).sum(0)
+            _add_gradient_of_pairs(of_slope, slope, of_slopes, start)
+            _add_gradient_of_pairs(of_weight, weight, of_outer.mul_(factors), start)
+        for start in range(0, len(gram), STRIP):
+            of_gram[start : start + STRIP, start:] = _doubled(of_gram, start)
+        return of_slope, of_weight, of_gram
+
+
+def _pairs(x: Tensor, start: int) -> Tensor:
+    """Products of the numbers of a strip with those from its first one on, (N, h) → (N, s, m)."""
+    return x[:, start : start + STRIP].unsqueeze(-1) * x[:, start:].unsqueeze(-2)
+
+
+def _add_gradient_of_pairs(total: Tensor, x: Tensor, gradient: Tensor, start: int) -> None:
+    """Add the gradient of x (N, h) to ``total``, from that of its :func:`_pairs`, (N, s, m)."""
+    total[:, start : start + STRIP] += th.bmm(gradient, x[:, start:].unsqueeze(-1)).squeeze(-1)
+    total[:, start:] += th.bmm(x[:, start : start + STRIP].unsqueeze(-2), gradient).squeeze(-2)
+
+
+def _doubled(x: Tensor, start: int) -> Tensor:
+    """A strip of an array (h, h) from its diagonal on, with what stands for both sides of it doubled, (s, m)."""
+    rows = x[start : start + STRIP, start:]
+    return th.cat([rows[:, :STRIP], 2.0 * rows[:, STRIP:]], -1)
 
 
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:
