@@ -75,13 +75,14 @@ def model_of(args: argparse.Namespace, **kwargs: Any) -> DreamerGPLD:
     )
 
 
-def filled_model(steps: int = 1100, **kwargs: Any) -> DreamerGPLD:
+def filled_model(steps: int = 1100, env: gym.Env | None = None, **kwargs: Any) -> DreamerGPLD:
     """A model with ``steps`` stored steps and no update made.
 
     :param steps: environment steps to collect
+    :param env: with Dict observations; None: :class:`WalkerSized`
     :param kwargs: arguments of DreamerGPLD
     """
-    model = DreamerGPLD("MultiInputPolicy", WalkerSized(), **{"seed": 0, **kwargs})
+    model = DreamerGPLD("MultiInputPolicy", env or WalkerSized(), **{"seed": 0, **kwargs})
     ratio, model.train_ratio = model.train_ratio, 0.0
     model.learn(steps, log_interval=None)
     model.train_ratio = ratio

@@ -105,6 +105,7 @@ class ActorCritic(nn.Module):
 
         # A few steps at a time: enough rows for a good matrix product, few enough for the processor's cache.
         group = max(1, CHUNK_ROWS // start[0].shape[0])
+        # A single step is taken as it is, which saves a copy.
         groups = [features[i : min(i + group, horizon)] for i in range(0, horizon, group)]
         chunks = [th.stack(x) if len(x) > 1 else x[0].unsqueeze(0) for x in groups]  # (≤ group, N, D + C·K) each
         value_logits, values = zip(*[self.value_step(x) for x in chunks], strict=True)  # (≤ group, N, bins), (≤ group, N)

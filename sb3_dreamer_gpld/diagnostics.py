@@ -118,7 +118,8 @@ def jacobian_norms(policy: DreamerPolicy, deter: Tensor, tokens: Tensor) -> tupl
     prior: list[Tensor] = []
     for h, x in zip(deter.split(CHUNK_STATES), tokens.split(CHUNK_STATES), strict=True):
         for norms, net, inputs in ((posterior, rssm.posterior, th.cat([h, x], -1)), (prior, rssm.prior, h)):
-            norms.append(head_penalty(net, inputs, config.classes, config.unimix, None, None))
+            squares = head_penalty(net, inputs, config.classes, config.unimix, None, None)
+            norms.append(squares.clamp_min(0.0))  # rounding can make a vanishing one negative
     return (config.stoch * th.cat(posterior)).sqrt(), (config.stoch * th.cat(prior)).sqrt()
 
 

@@ -498,7 +498,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         if wanted and not is_compiled(self.policy):
             if self.verbose >= 1:
                 print("Compiling the update: the first one takes a minute or two (compile=False turns this off)")
-            compile_steps(self.policy)
+            # The exact norm's strips would be as many kernels, and its products are as fast uncompiled.
+            compile_steps(self.policy, leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
@@ -538,9 +539,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 world_model.draw(sequences, steps, self.penalty),
                 actor_critic.draw(sequences * steps, self.imagination_horizon),
             )
-            self.replay_buffer.update_latents(
-                samples.envs, samples.starts, states.deter.detach(), states.stoch.detach().argmax(-2)
-            )
+            self.replay_buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
         self._raise_faults()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -551,7 +550,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
 
         :param batch: replayed sequences
         :param world_draws, imagination_draws: every random number that the update needs
-        :return: posterior states of the batch, with which the stored ones are refreshed
+        :return: posterior states of the batch without gradient, with which the stored ones are refreshed
         """
         warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
         update_learning_rate(self.policy.optimizer, warmup * self.lr_schedule(self._current_progress_remaining))
@@ -576,7 +575,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._faults.append((self._n_updates, tuple(means), faults))
         self._n_updates += 1
         self._collect_metrics(result, means, grad_norm)
-        return result.states
+        return States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
 
     def loss(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> Loss:
         """All losses of one update; arguments as in :meth:`update`. Changes nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,12 +74,16 @@ STEPS = {
 }
 
 
-def compile_steps(policy: DreamerPolicy) -> None:
-    """Replace the functions that an update is made of by compiled ones. Calling it again changes nothing."""
+def compile_steps(policy: DreamerPolicy, leave_out: Collection[str] = ()) -> None:
+    """Replace the functions that an update is made of by compiled ones. Calling it again changes nothing.
+
+    :param policy: owner of the functions in :data:`STEPS`
+    :param leave_out: names of functions that stay as they are
+    """
     for path, names in STEPS.items():
         owner = policy.get_submodule(path)
         for name in names:
-            if name not in owner.__dict__:
+            if name not in owner.__dict__ and name not in leave_out:
                 owner.__dict__[name] = CompiledStep(getattr(owner, name))
 
 

@@ -74,7 +74,7 @@ def row_penalty(
     :param unimix: m
     :param probes: one probe per row and state, (R, n, C); None: the exact norm
     :param rows: indices of the penalised rows, (R,); None: all, R = K
-    :return: (n,), differentiable in every parameter and in the inputs
+    :return: (n,), differentiable once, in every parameter and in the inputs; autocast must be off
     """
     x, local = inputs, []
     for layer in layers:
@@ -116,7 +116,7 @@ def _through_norm(d: Tensor, at: _Local) -> Tensor:
 
 
 def _squared_norms(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
-    """Squared norms of the cotangents of the net's input that belong to one of each row at the last hidden layer's output.
+    """Squared norms at the net's input of cotangents pulled back, one of each row and state at the last hidden layer's output.
 
     At the first layer, with y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with
     G = W Wᵀ its squared norm, through W, is r²·(yᵀGy − 2a·yᵀGz + a²·zᵀGz): the y are the only large arrays.
@@ -138,7 +138,10 @@ def _squared_norms(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) 
 
 
 class _QuadraticForm(th.autograd.Function):
-    """yᵀ G y of many vectors with a symmetric G, one matrix product for the value and one for the gradient."""
+    """yᵀ G y of many vectors with a symmetric G, by one matrix product for the value and one for the gradient.
+
+    The gradient of G is that of one of its two sides, which is right as long as G itself is made symmetric, as W Wᵀ is.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gram: Tensor) -> Tensor:
@@ -161,9 +164,10 @@ class _QuadraticForm(th.autograd.Function):
 
 
 def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) -> Tensor:
-    """The inner products behind :func:`_squared_norms`, of several cotangents of each row with each other.
+    """What :func:`_squared_norms` gives for one cotangent of each row, for several: their inner products with each other.
 
-    With y, y' and a, a' of two of them they are r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz).
+    The exact form needs them for nets of more than one layer. With y, y' and a, a' of two of them they are
+    r²·(yᵀGy' − a'·yᵀGz − a·y'ᵀGz + a·a'·zᵀGz).
 
     :param d: q cotangents of each row, (R, n or 1, q, h)
     :param layers: hidden layers
@@ -232,9 +236,9 @@ class _OwnProducts(th.autograd.Function):
 
     Both are symmetric, so of each pair of units one side is computed, in strips of :data:`STRIP` units. These are the
     largest arrays of the exact form: the backward pass makes each strip anew, while it is in the processor's cache,
-    instead of keeping them all.
+    instead of keeping them all. Of G only the entries on and above the diagonal are read, and get the gradient of both.
 
-    Letters: M = R·C classes of all rows, s units of a strip, m = h − start units from its first one on.
+    Letters: M = R·C classes of all rows, s units of a strip, e = h − start units from its first one on.
     """
 
     @staticmethod
@@ -248,8 +252,8 @@ class _OwnProducts(th.autograd.Function):
         ctx.save_for_backward(slope, weight, gram)
         total = slope.new_zeros(len(slope), len(weight))
         for start in range(0, len(gram), STRIP):
-            outer = _pairs(weight, start).mul_(_doubled(gram, start))  # (M, s, m)
-            total = total.addmm(_pairs(slope, start).flatten(1), outer.flatten(1).T)
+            outer = _pairs(weight, start).mul_(_doubled(gram, start))  # (M, s, e)
+            total.addmm_(_pairs(slope, start).flatten(1), outer.flatten(1).T)
         return total
 
     @staticmethod
@@ -259,9 +263,9 @@ class _OwnProducts(th.autograd.Function):
         slope, weight, gram = ctx.saved_tensors
         of_slope, of_weight, of_gram = th.zeros_like(slope), th.zeros_like(weight), th.zeros_like(gram)
         for start in range(0, len(gram), STRIP):
-            factors, pairs = _doubled(gram, start), _pairs(weight, start)  # (s, m), (M, s, m)
-            of_slopes = (gradient @ pairs.flatten(1)).view(len(slope), *factors.shape).mul_(factors)  # (n, s, m)
-            of_outer = (gradient.T @ _pairs(slope, start).flatten(1)).view_as(pairs)  # (M, s, m)
+            factors, pairs = _doubled(gram, start), _pairs(weight, start)  # (s, e), (M, s, e)
+            of_slopes = (gradient @ pairs.flatten(1)).view(len(slope), *factors.shape).mul_(factors)  # (n, s, e)
+            of_outer = (gradient.T @ _pairs(slope, start).flatten(1)).view_as(pairs)  # (M, s, e)
             of_gram[start : start + STRIP, start:] = pairs.mul_(of_outer).sum(0)
             _add_gradient_of_pairs(of_slope, slope, of_slopes, start)
             _add_gradient_of_pairs(of_weight, weight, of_outer.mul_(factors), start)
@@ -271,18 +275,21 @@ class _OwnProducts(th.autograd.Function):
 
 
 def _pairs(x: Tensor, start: int) -> Tensor:
-    """Products of the numbers of a strip with those from its first one on, (N, h) → (N, s, m)."""
+    """Products of the numbers of a strip with those from its first one on, (N, h) → (N, s, e)."""
     return x[:, start : start + STRIP].unsqueeze(-1) * x[:, start:].unsqueeze(-2)
 
 
 def _add_gradient_of_pairs(total: Tensor, x: Tensor, gradient: Tensor, start: int) -> None:
-    """Add the gradient of x (N, h) to ``total``, from that of its :func:`_pairs`, (N, s, m)."""
+    """Add the gradient of x (N, h) to ``total``, from that of its :func:`_pairs`, (N, s, e)."""
     total[:, start : start + STRIP] += th.bmm(gradient, x[:, start:].unsqueeze(-1)).squeeze(-1)
     total[:, start:] += th.bmm(x[:, start : start + STRIP].unsqueeze(-2), gradient).squeeze(-2)
 
 
 def _doubled(x: Tensor, start: int) -> Tensor:
-    """A strip of an array (h, h) from its diagonal on, with what stands for both sides of it doubled, (s, m)."""
+    """A strip of an array (h, h) from its diagonal on, (s, e).
+
+    The square at its beginning has both sides of each pair, the columns right of it have one, and are doubled.
+    """
     rows = x[start : start + STRIP, start:]
     return th.cat([rows[:, :STRIP], 2.0 * rows[:, STRIP:]], -1)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
 from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
-from sb3_dreamer_gpld.unrolled import Affine, Unrolled
+from sb3_dreamer_gpld.unrolled import Affine, Unrolled, as_computed
 
 # Steps of observe that are compiled as one function: more of them cost less to call, and take longer to compile.
 STEPS_TOGETHER = 4
@@ -93,12 +93,12 @@ class RSSM(nn.Module):
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (B, T, 1)
         products = self._unrolled_products(tokens, actions * keep)
-        draws = [None] * len(products[0].added) if noise is None else noise.split(STEPS_TOGETHER, 1)
+        draws = None if noise is None else noise.split(STEPS_TOGETHER, 1)
         stoch = stoch.flatten(1)  # (B, C·K)
         parts = []
         for i, kept in enumerate(keep.split(STEPS_TOGETHER, 1)):
             at_steps = [product.at(i) for product in products]
-            deter, stoch, states, inputs = self._posterior_steps(deter, stoch, kept, draws[i], at_steps)
+            deter, stoch, states, inputs = self._posterior_steps(deter, stoch, kept, draws and draws[i], at_steps)
             for product, its_inputs in zip(products, inputs, strict=True):
                 product.note(its_inputs)
             parts.append(states)
@@ -107,14 +107,14 @@ class RSSM(nn.Module):
     def step(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor | None
     ) -> States:
-        """One step of :meth:`observe`, for acting: without what makes many steps cheap.
+        """One step of :meth:`observe`, for acting: without what makes many steps cheap, and samples have no gradient.
 
         :param tokens: (N, E)
         :param action: before the observation, (N, A)
         :param is_first: the observation starts an episode, (N,)
         :param deter, stoch: previous state, (N, D), (N, C·K)
         :param noise: uniform numbers, (N, K); None: the most probable classes
-        :return: the state, without the dimension of steps
+        :return: the state, without the dimension of steps: (N, D), (N, C, K), (N, C, K)
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (N, 1)
         products = self._core_products(action * keep, self._core_weights())
@@ -159,7 +159,7 @@ class RSSM(nn.Module):
         """
         stoch = stoch.flatten(1)  # (N, C·K)
         features = [th.cat([deter, stoch], -1)]
-        weights = self._core_weights()
+        weights = [[as_computed(weight) for weight in its_weights] for its_weights in self._core_weights()]
         for h in range(horizon):
             draws = None if noise is None else noise[h]
             deter, stoch = self._prior_step(deter, stoch, act(features[h], h), draws, weights)  # (N, D), (N, C·K)
@@ -189,7 +189,7 @@ class RSSM(nn.Module):
             inputs.append(its_inputs)
         states = States(*(th.stack(parts, 1) for parts in zip(*steps, strict=True)))
         # (t, N, inputs) each
-        stacked = [[th.stack(x) for x in zip(*product, strict=True)] for product in zip(*inputs, strict=True)]
+        stacked = [[th.stack(x).detach() for x in zip(*product, strict=True)] for product in zip(*inputs, strict=True)]
         return deter, stoch, states, stacked
 
     def _posterior_step(

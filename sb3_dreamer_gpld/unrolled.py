@@ -4,7 +4,7 @@ Automatic differentiation gives each step's product a weight gradient of its own
 product with an inner dimension of 16, and then adds them up: most of the backward pass's memory traffic. Here the gradient
 is one product over all steps.
 
-Letters: B sequences, T steps, G blocks.
+Letters: T steps, t of them handed over together, N rows (sequences), G blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 class Affine(NamedTuple):
     """A sum of matrix products, ``added`` + Σ x·weight.
 
-    :param added: (N, outputs), or (G, N, outputs) for G blocks; N may be 1, or left out without blocks
+    :param added: (N, outputs), or (G, N, outputs) for G blocks; N may be 1, or left out without blocks. It has a leading
+        dimension of steps where several are handed over together, to be called one by one
     :param weights: one for each input, (inputs, outputs), or (G, inputs, outputs)
     """
 
@@ -28,7 +29,7 @@ class Affine(NamedTuple):
     weights: Sequence[Tensor]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """:param inputs: (N, inputs) each, for blocks that see the same, or (G, N, inputs)
+        """:param inputs: (N, inputs) each, which blocks then share, or (G, N, inputs)
         :return: (N, outputs), or (G, N, outputs)
         """
         result = self.added
@@ -57,11 +58,14 @@ class Unrolled:
         self.weights = [as_computed(weight.detach()) for weight in weights]
 
     def at(self, part: int) -> Affine:
-        """The sum of products of t steps, with (t, ...) added; its gradient leaves out the weights."""
+        """The sums of products of t steps: what is added at each, (t, ...), and the weights, detached."""
         return Affine(self.added[part], self.weights)
 
     def note(self, inputs: Sequence[Tensor]) -> None:
-        """Keep the inputs (t, ...) of some steps, which the weights' gradients need."""
+        """Keep the inputs (t, ...) of some steps, which the weights' gradients need.
+
+        Each is what the product of the same place was called with; otherwise the gradients are wrong.
+        """
         if th.is_grad_enabled():
             for all_inputs, x in zip(self.inputs, inputs, strict=True):
                 all_inputs.append(x.detach())
@@ -75,7 +79,7 @@ class _WeightGradient(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, added: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
-        ctx.inputs, ctx.dtype, ctx.computed = inputs, weight.dtype, as_computed(weight).dtype
+        ctx.inputs, ctx.dtype, ctx.computed = inputs, weight.dtype, computed_dtype(weight)
         return added.view_as(added)
 
     @staticmethod
@@ -94,7 +98,12 @@ def _all_rows(x: Tensor) -> Tensor:
     return x.movedim(0, -3).flatten(-3, -2)
 
 
-def as_computed(weight: Tensor) -> Tensor:
-    """The weight in the dtype of matrix products: autocast would convert a detached weight anew at each step."""
+def computed_dtype(weight: Tensor) -> th.dtype:
+    """The dtype of matrix products with a weight."""
     kind = weight.device.type
-    return weight.to(th.get_autocast_dtype(kind)) if th.is_autocast_enabled(kind) else weight
+    return th.get_autocast_dtype(kind) if th.is_autocast_enabled(kind) else weight.dtype
+
+
+def as_computed(weight: Tensor) -> Tensor:
+    """The weight in the dtype of matrix products: autocast would convert anything but a parameter anew at each step."""
+    return weight.to(computed_dtype(weight))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld import DreamerGPLD, gpld
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.gpld import Layer, penalty_weight, rademacher, row_penalty
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
@@ -113,11 +113,34 @@ def test_closed_form_equals_double_backward(problem: tuple[Net, Tensor, Tensor |
     assert_same(net.penalty(inputs, probes, rows), estimate(net, inputs, probes, indices), [*net.leaves, inputs])
 
 
+@pytest.mark.parametrize("strip", [1, 2, gpld.STRIP])
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(problems())
-def test_exact_form_equals_the_frobenius_norm(problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
+@given(problem=problems())
+def test_exact_form_equals_the_frobenius_norm(strip: int, problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
     net, inputs, rows, indices = problem
-    assert_same(net.penalty(inputs, None, rows), frobenius(net, inputs, indices), [*net.leaves, inputs])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpld, "STRIP", strip)
+        assert_same(net.penalty(inputs, None, rows), frobenius(net, inputs, indices), [*net.leaves, inputs])
+
+
+def test_exact_form_of_wide_layers() -> None:
+    """Several strips of units, the last one narrower."""
+    th.manual_seed(0)
+    net = Net.random(5, [2 * gpld.STRIP + 5], classes=3, rows=2)
+    inputs = th.randn(3, 5, dtype=th.float64).requires_grad_()
+    assert_same(net.penalty(inputs, None, None), frobenius(net, inputs, th.arange(2)), [*net.leaves, inputs])
+
+
+@pytest.mark.parametrize("hidden", [[gpld.STRIP + 3], [5, gpld.STRIP + 3]])
+@pytest.mark.parametrize("probed", [True, False])
+def test_it_is_captured_whole(probed: bool, hidden: list[int]) -> None:
+    """As one graph, values and gradients are the same."""
+    th.manual_seed(0)
+    net = Net.random(4, hidden, classes=3, rows=2)
+    inputs = th.randn(3, 4, dtype=th.float64).requires_grad_()
+    probes = th.randn(2, 3, 3, dtype=th.float64) if probed else None
+    captured = th.compile(net.penalty, fullgraph=True, backend="aot_eager")
+    assert_same(captured(inputs, probes, None), net.penalty(inputs, probes, None), [*net.leaves, inputs])
 
 
 @pytest.fixture(scope="module")
