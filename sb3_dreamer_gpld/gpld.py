@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import PenaltyConfig
 
 STRIP = 16  # units of a hidden layer whose products with the others are computed together in the exact form
+TOGETHER = 2**20  # numbers of cotangents that are made together
 
 
 class Layer(NamedTuple):
@@ -81,20 +82,18 @@ def row_penalty(
         x, at = _forward(layer, x)
         local.append(at)
     weight = output[0].view(classes, -1, x.shape[-1]).transpose(0, 1)  # (K, C, h)
-    bias = output[1].view(classes, 1, -1).permute(2, 1, 0)  # (K, 1, C)
+    bias = output[1].view(classes, -1).T  # (K, C)
     if rows is not None:
-        weight, bias = weight[rows], bias[rows]  # (R, C, h), (R, 1, C)
-    p = th.softmax(th.baddbmm(bias, x.expand(len(weight), -1, -1), weight.mT), -1)  # (R, n, C)
+        weight, bias = weight[rows], bias[rows]  # (R, C, h), (R, C)
+    p = th.softmax(_of_all_rows(x, weight) + bias.unsqueeze(1), -1)  # (R, n, C)
 
-    if probes is None:
-        if len(layers) == 1:
-            squares = _exact_of_one_layer(weight, p, local[0], layers[0].weight)  # (R, n)
-        else:
-            squares = _exact(weight, p, layers, local)  # (R, n)
+    v = None if probes is None else p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
+    if len(layers) == 1:
+        squares = _of_one_layer(weight, p, v, local[0], layers[0].weight)  # (R, n)
+    elif v is None:
+        squares = _exact(weight, p, layers, local)  # (R, n)
     else:
-        v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
-        d = th.bmm(v, weight)  # (R, n, h): one cotangent for each row and state
-        squares = _squared_norms(d, layers, local)  # (R, n)
+        squares = _squared_norms(th.bmm(v, weight), layers, local)  # (R, n)
     return (1.0 - unimix) ** 2 * squares.mean(0)
 
 
@@ -105,6 +104,11 @@ def _forward(layer: Layer, x: Tensor) -> tuple[Tensor, _Local]:
     n = z * rms_inverse * layer.scale  # (n, h)
     gate = th.sigmoid(n)
     return n * gate, _Local(z, rms_inverse, layer.scale * gate * (1 + n * (1 - gate)))
+
+
+def _of_all_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Products of x (n, h) with every class of every row (R, C, h) as one matrix product, (R, n, C)."""
+    return (x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).movedim(1, 0)
 
 
 def _through_norm(d: Tensor, at: _Local) -> Tensor:
@@ -199,15 +203,19 @@ def _exact(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[_
     return (v @ _inner_products(d, layers, local) * v).sum((-2, -1))  # trace of v·products·vᵀ
 
 
-def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) -> Tensor:
-    """‖J_i‖²_F for one hidden layer, with two cotangents for each row instead of one for each class.
+def _of_one_layer(weight: Tensor, p: Tensor, v: Tensor | None, at: _Local, first: Tensor) -> Tensor:
+    """‖Σ_c v_c D w_c‖² for one hidden layer with Jacobian Dᵀ, or ‖J_i‖²_F.
 
-    Row c of J_i is p_c·(w_c − μ)ᵀ D with μ = Σ_c p_c w_c and D the Jacobian of the hidden layer, so with ⟨·, ·⟩ the inner
-    product of DDᵀ, ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c. With S = diag(slope),
-    ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d', where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h.
+    With S = diag(slope), ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d' is the inner product of cotangents d, d' of the layer's
+    output at the net's input, where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h. A cotangent that mixes the classes' w_c has with
+    z and b the products that are mixed of theirs, so its h numbers are needed for G alone.
+
+    The exact norm takes two cotangents for each row instead of one for each class: row c of J_i is p_c·(w_c − μ)ᵀ D with
+    μ = Σ_c p_c w_c, so ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c.
 
     :param weight: (R, C, h)
     :param p: probabilities before the mix, (R, n, C)
+    :param v: the logits' cotangents (R, n, C), or None
     :param at: of the hidden layer
     :param first: its weight, (h, I)
     :return: (R, n)
@@ -216,19 +224,20 @@ def _exact_of_one_layer(weight: Tensor, p: Tensor, at: _Local, first: Tensor) ->
     k = rr / z.shape[-1]
     gz = z @ gram  # (n, h)
     b = k * gz - 0.5 * k.square() * (gz * z).sum(-1, keepdim=True) * z  # (n, h)
-    along_z = th.matmul(at.slope * z, weight.mT)  # (R, n, C): ⟨S z, w_c⟩
-    along_b = th.matmul(at.slope * b, weight.mT)  # (R, n, C)
-    own = _OwnProducts.apply(at.slope, weight.flatten(0, 1), gram)  # (n, R·C)
-    own = own.unflatten(1, weight.shape[:2]).movedim(0, 1)  # (R, n, C)
-    norms = own - 2.0 * along_z * along_b  # (R, n, C)
+    along_z, along_b = _of_all_rows(at.slope * z, weight), _of_all_rows(at.slope * b, weight)  # (R, n, C): zᵀS w_c, bᵀS w_c
+    if v is not None:
+        own = _MixedProducts.apply(v.unsqueeze(1), weight, at.slope, gram)  # (R, n)
+        return rr.T * (own - 2.0 * (v * along_z).sum(-1) * (v * along_b).sum(-1))
 
+    own = _OwnProducts.apply(at.slope, weight.flatten(0, 1), gram)  # (n, R·C)
+    own = own.unflatten(1, weight.shape[:2]).movedim(1, 0)  # (R, n, C)
+    norms = own - 2.0 * along_z * along_b  # (R, n, C)
     squares = p.square()  # (R, n, C)
-    shares = p * squares.sum(-1, keepdim=True) - 2.0 * squares  # (R, n, C), of the logits in τ
-    mu, tau = th.bmm(p, weight) * at.slope, th.bmm(shares, weight) * at.slope  # (R, n, h) each
-    inner = (tau * (mu @ gram)).sum(-1)  # (R, n)
+    shares = p * squares.sum(-1, keepdim=True) - 2.0 * squares  # (R, n, C), of the classes in τ
+    mixed = _MixedProducts.apply(th.stack([p, shares], 1), weight, at.slope, gram)  # (R, n)
     mu_z, mu_b = (p * along_z).sum(-1), (p * along_b).sum(-1)  # (R, n)
     tau_z, tau_b = (shares * along_z).sum(-1), (shares * along_b).sum(-1)  # (R, n)
-    return rr.squeeze(-1) * ((squares * norms).sum(-1) + inner - tau_z * mu_b - tau_b * mu_z)
+    return rr.T * ((squares * norms).sum(-1) + mixed - tau_z * mu_b - tau_b * mu_z)
 
 
 class _OwnProducts(th.autograd.Function):
@@ -272,6 +281,61 @@ class _OwnProducts(th.autograd.Function):
         for start in range(0, len(gram), STRIP):
             of_gram[start : start + STRIP, start:] = _doubled(of_gram, start)
         return of_slope, of_weight, of_gram
+
+
+class _MixedProducts(th.autograd.Function):
+    """aᵀ S G S b for cotangents a, b of every row and state that mix its classes' w_c, or aᵀ S G S a.
+
+    A few rows at a time, :data:`TOGETHER` numbers, and the backward pass makes the cotangents anew: kept for all rows they
+    would be most of the penalty's memory. The gradient of G is that of one of its two sides, as in :class:`_QuadraticForm`.
+
+    Letters: q = 1 or 2 mixtures; r rows of a part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixtures: Tensor, weight: Tensor, slope: Tensor, gram: Tensor) -> Tensor:
+        """
+        :param mixtures: shares of the classes in a, or in a and b, (R, q, n, C)
+        :param weight: w, (R, C, h)
+        :param slope: diagonal of S, (n, h)
+        :param gram: G, (h, h)
+        :return: (R, n)
+        """
+        ctx.save_for_backward(mixtures, weight, slope, gram)
+        products = []
+        for shares, its_weight in _parts(mixtures.shape[1] * slope.numel(), mixtures, weight):
+            sides = _mix(shares, its_weight).mul_(slope)  # (r, q, n, h)
+            products.append((sides[:, 0] @ gram).mul_(sides[:, -1]).sum(-1))  # (r, n)
+        return th.cat(products)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """:param gradient: (R, n)"""
+        mixtures, weight, slope, gram = ctx.saved_tensors
+        of_slope, of_gram = th.zeros_like(slope), th.zeros_like(gram)
+        of_mixtures, of_weight = [], []
+        for shares, its_weight, its_gradient in _parts(mixtures.shape[1] * slope.numel(), mixtures, weight, gradient):
+            mixed = _mix(shares, its_weight)  # (r, q, n, h)
+            sides = mixed * slope
+            weighted = sides * its_gradient[:, None, :, None]
+            of_gram.addmm_(weighted[:, 0].flatten(0, 1).T, sides[:, -1].flatten(0, 1))
+            of_sides = (weighted.flip(1) @ gram).mul_(2 // shares.shape[1])  # (r, q, n, h); a single a is on both sides
+            of_slope += mixed.mul_(of_sides).sum((0, 1))
+            of_mixed = of_sides.mul_(slope).flatten(1, 2)  # (r, q·n, h)
+            of_mixtures.append((of_mixed @ its_weight.mT).view_as(shares))
+            of_weight.append(shares.flatten(1, 2).mT @ of_mixed)  # (r, C, h)
+        return th.cat(of_mixtures), th.cat(of_weight), of_slope, of_gram
+
+
+def _parts(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A few rows of each tensor (R, ...) at a time, if a row takes so many numbers."""
+    return zip(*(x.split(max(1, TOGETHER // numbers)) for x in tensors), strict=True)
+
+
+def _mix(shares: Tensor, weight: Tensor) -> Tensor:
+    """Mixtures of classes, from their shares (r, q, n, C) and weights (r, C, h), (r, q, n, h)."""
+    return (shares.flatten(1, 2) @ weight).unflatten(1, shares.shape[1:3])
 
 
 def _pairs(x: Tensor, start: int) -> Tensor:

@@ -105,21 +105,27 @@ def problems(draw: st.DrawFn) -> tuple[Net, Tensor, Tensor | None, Tensor]:
     return net, inputs, rows, th.arange(count) if rows is None else rows
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(problems())
-def test_closed_form_equals_double_backward(problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
-    net, inputs, rows, indices = problem
-    probes = th.randn(len(indices), len(inputs), net.classes, dtype=th.float64)  # the identity holds for any vectors
-    assert_same(net.penalty(inputs, probes, rows), estimate(net, inputs, probes, indices), [*net.leaves, inputs])
-
-
-@pytest.mark.parametrize("strip", [1, 2, gpld.STRIP])
+@pytest.mark.parametrize("together", [1, 40, gpld.TOGETHER])  # a row alone, a few, all
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(problem=problems())
-def test_exact_form_equals_the_frobenius_norm(strip: int, problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
+def test_closed_form_equals_double_backward(together: int, problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
+    net, inputs, rows, indices = problem
+    probes = th.randn(len(indices), len(inputs), net.classes, dtype=th.float64)  # the identity holds for any vectors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpld, "TOGETHER", together)
+        assert_same(net.penalty(inputs, probes, rows), estimate(net, inputs, probes, indices), [*net.leaves, inputs])
+
+
+@pytest.mark.parametrize(("strip", "together"), [(1, 40), (2, 1), (gpld.STRIP, gpld.TOGETHER)])
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_exact_form_equals_the_frobenius_norm(
+    strip: int, together: int, problem: tuple[Net, Tensor, Tensor | None, Tensor]
+) -> None:
     net, inputs, rows, indices = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpld, "STRIP", strip)
+        patch.setattr(gpld, "TOGETHER", together)
         assert_same(net.penalty(inputs, None, rows), frobenius(net, inputs, indices), [*net.leaves, inputs])
 
 
