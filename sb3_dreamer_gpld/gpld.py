@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import PenaltyConfig
 
 STRIP = 16  # units of a hidden layer whose products with the others are computed together in the exact form
-TOGETHER = 2**20  # numbers of cotangents that are made together
+TOGETHER = 2**18  # numbers of cotangents that are made together, while they are in the processor's cache
 
 
 class Layer(NamedTuple):
@@ -320,7 +320,8 @@ class _MixedProducts(th.autograd.Function):
             sides = mixed * slope
             weighted = sides * its_gradient[:, None, :, None]
             of_gram.addmm_(weighted[:, 0].flatten(0, 1).T, sides[:, -1].flatten(0, 1))
-            of_sides = (weighted.flip(1) @ gram).mul_(2 // shares.shape[1])  # (r, q, n, h); a single a is on both sides
+            other = weighted if shares.shape[1] == 1 else weighted.flip(1)
+            of_sides = (other @ gram).mul_(2 // shares.shape[1])  # (r, q, n, h); a single a is on both sides
             of_slope += mixed.mul_(of_sides).sum((0, 1))
             of_mixed = of_sides.mul_(slope).flatten(1, 2)  # (r, q·n, h)
             of_mixtures.append((of_mixed @ its_weight.mT).view_as(shares))
