@@ -527,7 +527,6 @@ class DreamerGPLD(OffPolicyAlgorithm):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
         world_model, actor_critic = self.policy.world_model, self.policy.actor_critic
         self._faults = []
         for _ in range(gradient_steps):
@@ -541,6 +540,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             )
             self.replay_buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
         self._raise_faults()
+        self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def update(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> States:

@@ -279,7 +279,7 @@ def test_forward_is_what_the_export_guide_calls() -> None:
 
 
 def test_callbacks_and_tensorboard(tmp_path: Path) -> None:
-    model = tiny("Pendulum-v1", tensorboard_log=str(tmp_path))
+    model = tiny("Pendulum-v1", tensorboard_log=str(tmp_path), learning_rate_warmup=1000)
     evaluation = EvalCallback(gym.make("Pendulum-v1"), n_eval_episodes=1, eval_freq=150, best_model_save_path=str(tmp_path))
     checkpoint = CheckpointCallback(150, str(tmp_path), save_replay_buffer=True)
     model.learn(420, callback=[evaluation, checkpoint], log_interval=1, progress_bar=True)
@@ -300,6 +300,8 @@ def test_callbacks_and_tensorboard(tmp_path: Path) -> None:
     }
     assert expected | {"gpld/posterior_lambda", "gpld/posterior_penalty", "actor_critic/entropy"} <= tags
     assert 0.4 < events.Scalars("gpld/posterior_lambda")[0].value <= 0.5
+    reached = model.policy.optimizer.param_groups[0]["lr"]  # some updates after the last log, amid the warm-up
+    assert 0.9 * reached < events.Scalars("train/learning_rate")[-1].value < reached < 0.1 * model.learning_rate
 
 
 def test_save_and_load_continue(tmp_path: Path) -> None:
