@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import PenaltyConfig
 
 STRIP = 16  # units of a hidden layer whose products with the others are computed together in the exact form
-TOGETHER = 2**18  # numbers of cotangents that are made together, while they are in the processor's cache
+TOGETHER = 2**18  # about as many numbers of cotangents are made together on a processor, to stay in its cache
 
 
 class Layer(NamedTuple):
@@ -142,10 +142,7 @@ def _squared_norms(d: Tensor, layers: Sequence[Layer], local: Sequence[_Local]) 
 
 
 class _QuadraticForm(th.autograd.Function):
-    """yᵀ G y of many vectors with a symmetric G, by one matrix product for the value and one for the gradient.
-
-    The gradient of G is that of one of its two sides, which is right as long as G itself is made symmetric, as W Wᵀ is.
-    """
+    """yᵀ G y of many vectors with a symmetric G, by one matrix product for the value and one for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gram: Tensor) -> Tensor:
@@ -204,11 +201,11 @@ def _exact(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[_
 
 
 def _of_one_layer(weight: Tensor, p: Tensor, v: Tensor | None, at: _Local, first: Tensor) -> Tensor:
-    """‖Σ_c v_c D w_c‖² for one hidden layer with Jacobian Dᵀ, or ‖J_i‖²_F.
+    """‖Dᵀ Σ_c v_c w_c‖² for one hidden layer with Jacobian D, or ‖J_i‖²_F.
 
-    With S = diag(slope), ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d' is the inner product of cotangents d, d' of the layer's
-    output at the net's input, where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h. A cotangent that mixes the classes' w_c has with
-    z and b the products that are mixed of theirs, so its h numbers are needed for G alone.
+    With S = diag(slope) and r = 1/RMS, ⟨d, d'⟩ = r²·dᵀ S(G − zbᵀ − bzᵀ)S d' is the inner product of cotangents d, d' of the
+    layer's output at the net's input, where b = k·Gz − k²/2·(zᵀGz)·z and k = r²/h. A cotangent that mixes the classes' w_c
+    has with z and b the products that are mixed of theirs, so its h numbers are needed for G alone.
 
     The exact norm takes two cotangents for each row instead of one for each class: row c of J_i is p_c·(w_c − μ)ᵀ D with
     μ = Σ_c p_c w_c, so ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c.
@@ -220,6 +217,8 @@ def _of_one_layer(weight: Tensor, p: Tensor, v: Tensor | None, at: _Local, first
     :param first: its weight, (h, I)
     :return: (R, n)
     """
+    # The shares of v, and of each row of J_i, sum to 0: what the w_c have in common only takes digits from the rest.
+    weight = weight - weight.mean(1, keepdim=True)
     gram, z, rr = first @ first.T, at.z, at.rms_inverse.square()  # (h, h), (n, h), (n, 1)
     k = rr / z.shape[-1]
     gz = z @ gram  # (n, h)
@@ -245,7 +244,8 @@ class _OwnProducts(th.autograd.Function):
 
     Both are symmetric, so of each pair of units one side is computed, in strips of :data:`STRIP` units. These are the
     largest arrays of the exact form: the backward pass makes each strip anew, while it is in the processor's cache,
-    instead of keeping them all. Of G only the entries on and above the diagonal are read, and get the gradient of both.
+    instead of keeping them all. Of G the entries from a strip's first unit on are read, and those right of the strip's square
+    stand for both sides.
 
     Letters: M = R·C classes of all rows, s units of a strip, e = h − start units from its first one on.
     """
@@ -286,26 +286,26 @@ class _OwnProducts(th.autograd.Function):
 class _MixedProducts(th.autograd.Function):
     """aᵀ S G S b for cotangents a, b of every row and state that mix its classes' w_c, or aᵀ S G S a.
 
-    A few rows at a time, :data:`TOGETHER` numbers, and the backward pass makes the cotangents anew: kept for all rows they
-    would be most of the penalty's memory. The gradient of G is that of one of its two sides, as in :class:`_QuadraticForm`.
+    A few rows at a time, see :func:`_parts`, and the backward pass makes the cotangents anew: kept for all rows they would
+    be most of the penalty's memory.
 
-    Letters: q = 1 or 2 mixtures; r rows of a part.
+    Letters: M = 1 or 2 mixtures; P rows of a part.
     """
 
     @staticmethod
     def forward(ctx: Any, mixtures: Tensor, weight: Tensor, slope: Tensor, gram: Tensor) -> Tensor:
         """
-        :param mixtures: shares of the classes in a, or in a and b, (R, q, n, C)
+        :param mixtures: shares of the classes in a, or in a and b, (R, M, n, C)
         :param weight: w, (R, C, h)
         :param slope: diagonal of S, (n, h)
-        :param gram: G, (h, h)
+        :param gram: G, symmetric, (h, h)
         :return: (R, n)
         """
         ctx.save_for_backward(mixtures, weight, slope, gram)
         products = []
         for shares, its_weight in _parts(mixtures.shape[1] * slope.numel(), mixtures, weight):
-            sides = _mix(shares, its_weight).mul_(slope)  # (r, q, n, h)
-            products.append((sides[:, 0] @ gram).mul_(sides[:, -1]).sum(-1))  # (r, n)
+            sides = _mix(shares, its_weight).mul_(slope)  # (P, M, n, h)
+            products.append((sides[:, 0] @ gram).mul_(sides[:, -1]).sum(-1))  # (P, n)
         return th.cat(products)
 
     @staticmethod
@@ -316,26 +316,31 @@ class _MixedProducts(th.autograd.Function):
         of_slope, of_gram = th.zeros_like(slope), th.zeros_like(gram)
         of_mixtures, of_weight = [], []
         for shares, its_weight, its_gradient in _parts(mixtures.shape[1] * slope.numel(), mixtures, weight, gradient):
-            mixed = _mix(shares, its_weight)  # (r, q, n, h)
+            mixed = _mix(shares, its_weight)  # (P, M, n, h)
             sides = mixed * slope
             weighted = sides * its_gradient[:, None, :, None]
             of_gram.addmm_(weighted[:, 0].flatten(0, 1).T, sides[:, -1].flatten(0, 1))
             other = weighted if shares.shape[1] == 1 else weighted.flip(1)
-            of_sides = (other @ gram).mul_(2 // shares.shape[1])  # (r, q, n, h); a single a is on both sides
+            of_sides = (other @ gram).mul_(2 // shares.shape[1])  # (P, M, n, h); a single a is on both sides
             of_slope += mixed.mul_(of_sides).sum((0, 1))
-            of_mixed = of_sides.mul_(slope).flatten(1, 2)  # (r, q·n, h)
+            of_mixed = of_sides.mul_(slope).flatten(1, 2)  # (P, M·n, h)
             of_mixtures.append((of_mixed @ its_weight.mT).view_as(shares))
-            of_weight.append(shares.flatten(1, 2).mT @ of_mixed)  # (r, C, h)
+            of_weight.append(shares.flatten(1, 2).mT @ of_mixed)  # (P, C, h)
         return th.cat(of_mixtures), th.cat(of_weight), of_slope, of_gram
 
 
 def _parts(numbers: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows of each tensor (R, ...) at a time, if a row takes so many numbers."""
-    return zip(*(x.split(max(1, TOGETHER // numbers)) for x in tensors), strict=True)
+    """A few rows of each tensor (R, ...) at a time, if a row takes so many numbers.
+
+    All of them on a GPU, and where a compiler would make kernels for each part.
+    """
+    split = tensors[0].is_cpu and not th.compiler.is_compiling()
+    rows = max(1, TOGETHER // numbers) if split else len(tensors[0])
+    return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
 def _mix(shares: Tensor, weight: Tensor) -> Tensor:
-    """Mixtures of classes, from their shares (r, q, n, C) and weights (r, C, h), (r, q, n, h)."""
+    """Mixtures of classes, from their shares (P, M, n, C) and weights (P, C, h), (P, M, n, h)."""
     return (shares.flatten(1, 2) @ weight).unflatten(1, shares.shape[1:3])
 
 

@@ -129,6 +129,42 @@ def test_exact_form_equals_the_frobenius_norm(
         assert_same(net.penalty(inputs, None, rows), frobenius(net, inputs, indices), [*net.leaves, inputs])
 
 
+@pytest.mark.parametrize("probed", [True, False])
+def test_parts_of_several_rows(probed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows in parts of two, the last one smaller."""
+    th.manual_seed(0)
+    net = Net.random(4, [6], classes=3, rows=5)
+    inputs = th.randn(7, 4, dtype=th.float64).requires_grad_()
+    rows, sizes = th.arange(5), []
+    mix = gpld._mix
+
+    def noted(shares: Tensor, weight: Tensor) -> Tensor:
+        sizes.append(len(weight))
+        return mix(shares, weight)
+
+    monkeypatch.setattr(gpld, "_mix", noted)
+    monkeypatch.setattr(gpld, "TOGETHER", 2 * 7 * 6 * (1 if probed else 2))
+    probes = th.randn(5, 7, 3, dtype=th.float64) if probed else None
+    reference = frobenius(net, inputs, rows) if probes is None else estimate(net, inputs, probes, rows)
+    assert_same(net.penalty(inputs, probes, None), reference, [*net.leaves, inputs])
+    assert sizes == [2, 2, 1] * 2  # forward and backward
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_weights_that_classes_have_in_common_cost_no_digits(probed: bool) -> None:
+    """The penalty depends on the differences of the classes' weights; a large common part must not drown them in float32."""
+    th.manual_seed(0)
+    net = Net.random(8, [16], classes=4, rows=3)
+    with th.no_grad():
+        net.output[0].add_(30.0 * th.randn(1, 3, 16, dtype=th.float64).expand(4, -1, -1).reshape(12, 16))
+    inputs = th.randn(32, 8, dtype=th.float64)
+    probes = th.randn(3, 32, 4, dtype=th.float64) if probed else None
+    layers = [Layer(*(x.float() for x in net.layers[0][:3]), net.layers[0].eps)]
+    output = net.output[0].float(), net.output[1].float()
+    single = row_penalty(layers, output, inputs.float(), 4, net.unimix, None if probes is None else probes.float())
+    th.testing.assert_close(single.double(), net.penalty(inputs, probes, None), rtol=1e-4, atol=0)
+
+
 def test_exact_form_of_wide_layers() -> None:
     """Several strips of units, the last one narrower."""
     th.manual_seed(0)
