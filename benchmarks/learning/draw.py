@@ -77,6 +77,8 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
     if protocol.reference:
         reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         axes.plot(reference["frames"], reference["episode_return"], "k--", label="authors' GPLD release (1 seed)")
+    if protocol.published is not None:
+        axes.plot(protocol.frames, protocol.published, "k*", markersize=10, label="DreamerV3, published (3 seeds)")
     axes.set(title=protocol.task, xlabel="frames", ylabel="return of training episodes")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -106,6 +108,8 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
     if protocol.reference:
         reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         lines.append(f"| authors' GPLD release | 1 | {last_returns(reference):.0f} | | |")
+    if protocol.published is not None:
+        lines.append(f"| DreamerV3, published | 3 | {protocol.published:.0f} | | |")
     if {"gpld", "dreamer"} <= last.keys():
         rng = np.random.default_rng(0)
         means = [rng.choice(values, (2000, len(values))).mean(1) for values in (last["gpld"], last["dreamer"])]
