@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = dict(
 
 
 class Cue(gym.Env):
-    """The first observation holds a cue of ±1, later ones only the time; every later action must repeat the cue."""
+    """The first observation holds a cue of ±1, later ones only the time. Later, action 1 pays the cue, action 0 nothing."""
 
     steps = 4
 
@@ -48,7 +48,7 @@ class Cue(gym.Env):
         return self._observation(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward = 0.0 if self.time == 0 else 1.0 if action == self.cue else -1.0
+        reward = 0.0 if self.time == 0 or action == 0 else 2.0 * self.cue - 1.0
         self.time += 1
         return self._observation(), reward, self.time == self.steps, False, {}
 
@@ -110,20 +110,21 @@ def train(env: gym.Env, steps: int, **kwargs: Any) -> DreamerGPLD:
 
 def test_memory() -> None:
     sizes = dict(deter=128, hidden=64, stoch=8, classes=4, units=64)
-    model = train(Cue(), 1700, train_ratio=128, learning_rate=2e-3, policy_kwargs=sizes)
-    assert mean_return(model, Cue()) > 2.0  # without memory 0 on average, 3 at best
+    model = train(Cue(), 1500, train_ratio=128, learning_rate=2e-3, ent_coef=0.1, policy_kwargs=sizes)
+    assert mean_return(model, Cue()) > 1.2  # without memory 0 on average, 1.5 at best
 
     # The same agent without memory: its state is dropped at every step.
     env, returns = Cue(), []
-    for episode in range(40):
-        observation, _ = env.reset(seed=episode)
+    env.reset(seed=123)
+    for _ in range(40):
+        observation, _ = env.reset()
         total, done = 0.0, False
         while not done:
             action, _ = model.predict(observation, None, np.ones(1, dtype=bool), deterministic=True)
             observation, reward, done, _, _ = env.step(int(action))
             total += reward
         returns.append(total)
-    assert np.mean(returns) < 1.0
+    assert np.mean(returns) < 0.5
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -133,7 +134,7 @@ def test_multi_discrete_actions(broken: bool) -> None:
         sizes = {**SMALL["policy_kwargs"], "policy_weight": 0.0}
         assert mean_return(train(Match(), 500, train_ratio=64, policy_kwargs=sizes), Match()) < 6.0
     else:
-        assert mean_return(train(Match(), 1600, train_ratio=128), Match()) > 6.5
+        assert mean_return(train(Match(), 1800, train_ratio=128, ent_coef=0.03), Match()) > 6.5
 
 
 @pytest.mark.parametrize("broken", [False, True])
