@@ -71,7 +71,8 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
         points = min(len(columns["frames"]) for columns in by_seed)
         frames = by_seed[0]["frames"][:points]
         returns = np.stack([columns["episode_return"][:points] for columns in by_seed])  # (seeds, points)
-        (line,) = axes.plot(frames, returns.mean(0), label=f"{LABELS[arm]} ({len(returns)} seeds)")
+        seeds = "1 seed" if len(returns) == 1 else f"{len(returns)} seeds"
+        (line,) = axes.plot(frames, returns.mean(0), label=f"{LABELS[arm]} ({seeds})")
         if len(returns) > 1:
             axes.fill_between(frames, *bootstrap(returns), alpha=0.25, color=line.get_color())
     if protocol.reference:
