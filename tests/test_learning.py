@@ -44,16 +44,16 @@ class Cue(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self.cue, self.time = int(self.np_random.integers(2)), 0
+        self.cue, self.time = 2 * int(self.np_random.integers(2)) - 1, 0
         return self._observation(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward = 0.0 if self.time == 0 or action == 0 else 2.0 * self.cue - 1.0
+        reward = float(self.cue) if self.time and action else 0.0
         self.time += 1
         return self._observation(), reward, self.time == self.steps, False, {}
 
     def _observation(self) -> np.ndarray:
-        return np.array([2 * self.cue - 1 if self.time == 0 else 0, self.time / self.steps], dtype=np.float32)
+        return np.array([self.cue if self.time == 0 else 0, self.time / self.steps], dtype=np.float32)
 
 
 class Match(gym.Env):
