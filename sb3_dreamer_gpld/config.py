@@ -225,7 +225,7 @@ class PenaltyConfig:
     estimator: str = "hutchinson"
     schedule: str | Mapping[str, Any] = "sqrt_time"
     minimum: float = 0.001
-    start: float = 0.0
+    start: int = 0
     schedule_name: str = field(init=False, default="")
     schedule_parameters: dict[str, Any] = field(init=False, default_factory=dict)
 
@@ -234,7 +234,7 @@ class PenaltyConfig:
         check_range("prior_penalty", self.prior, 0.0, math.inf)
         check_range("penalty_fraction", self.fraction, 0.0, 1.0, low_open=True)
         check_range("penalty_min", self.minimum, 0.0, math.inf)
-        check_range("penalty_start", self.start, 0.0, math.inf)
+        check_int("start", self.start, 0)
         if self.rows is not None:
             check_int("penalty_rows", self.rows, 1)
         if self.estimator not in ("hutchinson", "exact"):

@@ -107,7 +107,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
     :param penalty_estimator: "hutchinson" or "exact"
     :param penalty_schedule: name of the schedule of λ, or a dict with "name" and its parameters
     :param penalty_min: smallest λ
-    :param penalty_start: environment steps before the penalty starts
+    :param penalty_start: environment steps before the penalty starts; its schedule counts updates from there
     :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware has it
     :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it
     :raises ValueError, TypeError: an argument is not allowed; the text names it and what is
@@ -206,6 +206,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.compile = compile
         # Replayed steps that are due but make no whole update yet.
         self._update_credit = 0.0
+        self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
         self.format_version = FORMAT_VERSION
         self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
         self._state: RecurrentState | None = None
@@ -286,6 +287,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         check_range("gamma", self.gamma, 0.0, 1.0)
         check_range("return_lambda", self.return_lambda, 0.0, 1.0)
         check_range("ent_coef", self.ent_coef, 0.0, float("inf"))
+        check_range("penalty_start", self.penalty_start, 0.0, float("inf"))
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {self.precision!r}")
         if self.compile not in ("auto", True, False):
@@ -304,7 +306,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             estimator=self.penalty_estimator,
             schedule=self.penalty_schedule,
             minimum=self.penalty_min,
-            start=self.penalty_start * self.train_ratio / (self.batch_size * self.batch_length),
+            start=self._penalty_update,
         )
 
     # ----------------------------------------------------------------------------------------- collecting
@@ -529,6 +531,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         world_model, actor_critic = self.policy.world_model, self.policy.actor_critic
         self._faults = []
+        if self.num_timesteps < self.penalty_start and self._n_updates <= self._penalty_update:
+            self._penalty_update = self._n_updates + gradient_steps
         for _ in range(gradient_steps):
             samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             batch = self.policy.to_batch(samples)

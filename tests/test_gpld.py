@@ -4,7 +4,7 @@ Letters: n states, R penalised rows, K rows, C classes, I inputs.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, gpld
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
+from sb3_dreamer_gpld.dreamer_gpld import Loss
 from sb3_dreamer_gpld.gpld import Layer, penalty_weight, rademacher, row_penalty
 from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
@@ -253,12 +254,6 @@ def test_a_penalty_that_is_off_stays_off(schedule: str | dict, expected: dict[in
     assert [penalty_weight(config, 0.0, update) for update in expected] == [0.0] * len(expected)
 
 
-def test_start_between_two_updates_counts_from_the_later_one() -> None:
-    config = PenaltyConfig(schedule={"name": "linear", "decay_steps": 10}, minimum=0.0, start=7.5)
-    assert penalty_weight(config, 1.0, 7) == 0
-    assert penalty_weight(config, 1.0, 8) == pytest.approx(0.95)
-
-
 # ---------------------------------------------------------------- in the world model
 
 
@@ -368,12 +363,21 @@ def test_gradient_goes_on_into_recurrence_and_encoder(kind: str, groups: list[st
 # ---------------------------------------------------------------- in the algorithm
 
 
-class SpacesOnly(gym.Env):
+class RandomWalk(gym.Env):
     observation_space, action_space = spaces.Box(-np.inf, np.inf, (3,)), spaces.Box(-1, 1, (ACTIONS,))
 
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.position = np.zeros(3, np.float32)
+        return self.position, {}
 
-def algorithm(**kwargs: object) -> DreamerGPLD:
-    return DreamerGPLD("MlpPolicy", SpacesOnly(), model_size="debug", buffer_size=100, device="cpu", seed=0, **kwargs)
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.position = self.position + self.np_random.normal(size=3).astype(np.float32)
+        return self.position, 1.0, False, False, {}
+
+
+def algorithm(kind: type[DreamerGPLD] = DreamerGPLD, **kwargs: object) -> DreamerGPLD:
+    return kind("MlpPolicy", RandomWalk(), model_size="debug", buffer_size=100, device="cpu", seed=0, **kwargs)
 
 
 def test_more_rows_than_the_state_has() -> None:
@@ -382,15 +386,37 @@ def test_more_rows_than_the_state_has() -> None:
         algorithm(penalty_rows=DEBUG.stoch + 1)
 
 
-def test_start_in_environment_steps_becomes_updates() -> None:
-    assert algorithm(penalty_start=1000).penalty.start == 500  # 512 replayed steps each, 16·64 in an update
-    assert algorithm(penalty_start=1000, train_ratio=32, batch_size=4, batch_length=16).penalty.start == 500
-    assert algorithm(penalty_start=3, train_ratio=1, batch_size=2, batch_length=4).penalty.start == 0.375
+class WeightRecorder(DreamerGPLD):
+    """Keeps λ of every update, and the environment step at which it was made."""
+
+    def loss(self, *args: Any) -> Loss:
+        result = super().loss(*args)
+        self.weights.append((self.num_timesteps, result.weights["posterior_penalty"]))
+        return result
+
+
+@pytest.mark.parametrize(
+    "updates", [dict(train_ratio=4), dict(gradient_steps=2, train_freq=4)], ids=["ratio", "gradient steps"]
+)
+def test_penalty_starts_at_an_environment_step(updates: dict[str, Any]) -> None:
+    """Whatever the number of updates for a step, and with the schedule's time counted from there; once on, it stays on."""
+    penalty = dict(penalty_start=20, penalty_min=0.0, penalty_schedule={"name": "linear", "decay_steps": 100})
+    sizes = dict(batch_size=2, batch_length=4, imagination_horizon=2, learning_starts=6)
+    model = algorithm(WeightRecorder, **penalty, **sizes, **updates)
+    model.weights = []
+    model.learn(30)
+    before, after = ([weight for step, weight in model.weights if (step < 20) == early] for early in (True, False))
+    assert before and not any(before)
+    assert after == pytest.approx([0.5 * (1 - t / 100) for t in range(len(after))])
+    model.weights.clear()
+    model.learn(30)  # counts its steps from 0 again
+    assert model.weights[0][0] < 20 and all(weight > 0 for _, weight in model.weights)
 
 
 def test_weights_of_the_penalties_in_the_total_loss() -> None:
     settings = dict(posterior_penalty=0.5, prior_penalty=0.25, penalty_schedule={"name": "step", "interval": 3, "factor": 0.5})
-    model = algorithm(**settings, penalty_start=10, train_ratio=1, batch_size=1, batch_length=10, imagination_horizon=2)
+    model = algorithm(**settings, batch_size=1, batch_length=10, imagination_horizon=2)
+    model._penalty_update = 1
     batch, draws = random_batch(dtype=th.float32), model.policy.world_model.draw(B, T, model.penalty)
     imagined = model.policy.actor_critic.draw(B * T, 2)
     for updates, posterior, prior in [(0, 0.0, 0.0), (1, 0.5, 0.25), (3, 0.5, 0.25), (4, 0.25, 0.125)]:
