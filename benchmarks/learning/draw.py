@@ -37,7 +37,12 @@ LOSSES = {
     "gp_post": "gpld/posterior_penalty",
     "value": "loss/value",
 }
-LABELS = {"gpld": "DreamerV3 + GPLD", "dreamer": "DreamerV3 (λ = 0)", "sac": "SAC"}
+LABELS = {
+    "gpld": "DreamerV3 + GPLD",
+    "gpld-rate": "DreamerV3 + GPLD, learning rate × 4",
+    "dreamer": "DreamerV3 (λ = 0)",
+    "sac": "SAC",
+}
 Columns = dict[str, np.ndarray]
 
 
