@@ -3,8 +3,8 @@
 Usage: python -m benchmarks.learning.draw p2 [--out docs/figures]
 
 The figure has the mean over seeds with its 95 % bootstrap interval, and the run of the authors' release where there is one.
-The tables (Markdown) are the return over the last 5,000 frames, and, beside a reference, every loss at some numbers of
-updates with the spread of the seeds.
+The tables (Markdown) are the return over the last 5,000 frames; beside a reference, every loss at some numbers of updates with
+the spread of the seeds; and how fast the critic's values rise.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.learning.protocols import PROTOCOLS, REFERENCE, RESULTS, Protocol
+from benchmarks.learning.protocols import ARMS, COMMON, PROTOCOLS, REFERENCE, RESULTS, Protocol
 from benchmarks.results import read_columns
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo_plot import Style, interval, mean
 
 LAST_FRAMES = 5_000
 LOSS_UPDATES = (600, 1500, 2500, 3400)
+RATE_SUMS = (0.1, 0.2, 0.3, 0.4)
 MARGIN = 0.1  # by which the seeds' spread is widened in the comparison of losses
 # Columns of the reference, and the metrics of ours that they stand beside (summed where there are several).
 LOSSES = {
@@ -148,6 +149,22 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
     return lines
 
 
+def value_table(name: str, protocol: Protocol) -> list[str]:
+    """Mean value of imagined states after equal sums of learning rates, which is how far weights can have moved."""
+    lines = ["| sum of learning rates | arm | updates | value of imagined states, over the seeds |", "| --- " * 4 + "|"]
+    for arm in protocol.arms:
+        by_seed = runs(name, arm, "losses").values()
+        settings = {**COMMON, **protocol.settings, **ARMS[arm]}
+        for total in RATE_SUMS:
+            updates = total / settings["learning_rate"] + settings["learning_rate_warmup"] / 2  # the rate rises from 0
+            if not by_seed or any(run["train/n_updates"][-1] < updates for run in by_seed):
+                continue
+            values = [np.interp(updates, run["train/n_updates"], run["actor_critic/value"]) for run in by_seed]
+            spread = " to ".join(f"{value:.1f}" for value in sorted({min(values), max(values)}))
+            lines.append(f"| {total} | {LABELS[arm]} | {updates:,.0f} | {spread} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=tuple(PROTOCOLS))
@@ -159,6 +176,8 @@ def main() -> None:
     if protocol.reference:
         print()
         print("\n".join(loss_table(args.protocol, protocol)))
+    print()
+    print("\n".join(value_table(args.protocol, protocol)))
 
 
 if __name__ == "__main__":

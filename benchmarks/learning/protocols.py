@@ -63,6 +63,7 @@ COMMON: dict[str, Any] = dict(
     imagination_horizon=15,
     learning_starts=1024,
     learning_rate=4e-5,
+    learning_rate_warmup=1000,
     posterior_penalty=0.5,
     penalty_fraction=0.5,
     penalty_schedule="sqrt_time",
