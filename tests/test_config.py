@@ -148,6 +148,7 @@ def test_values_at_the_limits_are_allowed(fields: dict[str, Any]) -> None:
         ("prior", "prior_penalty", NO_WEIGHTS),
         ("fraction", "penalty_fraction", [0.0, 1.1, *NO_NUMBERS]),
         ("minimum", "penalty_min", NO_WEIGHTS),
+        ("start", "start", [-1, 2.5, *NO_NUMBERS]),
         ("rows", "penalty_rows", OPTIONAL_SIZES),
         ("estimator", "penalty_estimator", ["hutchison", None]),
         ("schedule", "penalty_schedule", ["sqrt", {}, {"decay_steps": 10}]),

@@ -361,7 +361,6 @@ def test_bfloat16_learns_the_same_losses() -> None:
         (dict(batch_size=0), ValueError, "batch_size"),
         (dict(imagination_horizon=0), ValueError, "imagination_horizon"),
         (dict(posterior_penalty=-1), ValueError, "posterior_penalty"),
-        (dict(penalty_start=-1), ValueError, "penalty_start"),
         (dict(penalty_fraction=1.5), ValueError, "penalty_fraction"),
         (dict(penalty_fraction=0.0), ValueError, "penalty_fraction"),
         (dict(penalty_rows=5), ValueError, "penalty_rows must be at most 4"),

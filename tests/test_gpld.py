@@ -386,6 +386,12 @@ def test_more_rows_than_the_state_has() -> None:
         algorithm(penalty_rows=DEBUG.stoch + 1)
 
 
+@pytest.mark.parametrize("value", [-1e-9, np.nan, np.inf, "1", None, True])
+def test_wrong_start(value: Any) -> None:
+    with pytest.raises(ValueError, match="penalty_start must be a number"):
+        algorithm(penalty_start=value)
+
+
 class WeightRecorder(DreamerGPLD):
     """Keeps λ of every update, and the environment step at which it was made."""
 

@@ -22,16 +22,6 @@ REFERENCE = HERE / "reference"  # runs of the authors' release
 ACTION_REPEAT = 2
 EPISODE_FRAMES = 1000
 
-# What arms change. "gpld" is the setting of the paper, "dreamer" the same without the penalty, and "gpld-rate" has a learning
-# rate that makes up for nets 64 units wide, not 256 as the published ones: at one rate of LaProp, the number that a unit
-# computes moves in proportion to its inputs.
-ARMS: dict[str, dict[str, Any]] = {
-    "gpld": {},
-    "gpld-rate": {"learning_rate": 4e-5 * 256 / 64},
-    "dreamer": {"posterior_penalty": 0.0},
-    "sac": {},
-}
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -71,6 +61,15 @@ COMMON: dict[str, Any] = dict(
     precision="float32",
     device="cpu",
 )
+# What arms change. "gpld" is the setting of the paper, "dreamer" the same without the penalty, and "gpld-rate" has a learning
+# rate that makes up for nets 64 units wide, not 256 as the published ones: at one rate of LaProp, what a unit computes moves
+# in proportion to the number of its inputs.
+ARMS: dict[str, dict[str, Any]] = {
+    "gpld": {},
+    "gpld-rate": {"learning_rate": COMMON["learning_rate"] * 256 / 64},
+    "dreamer": {"posterior_penalty": 0.0},
+    "sac": {},
+}
 # As DreamerV3's published curves of control from vectors: bfloat16 products where the machine has them.
 AS_PUBLISHED: dict[str, Any] = {"train_ratio": 512, "precision": "auto"}
 SEEDS = (0, 1, 2, 3, 4)
