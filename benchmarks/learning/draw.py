@@ -61,10 +61,20 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return interval(values[:, None], mean, Style(size=0.95, reps=2000))
 
 
-def last_returns(columns: Columns) -> float:
-    """Mean return of the training episodes in the last frames."""
-    frames = columns["frames"]
-    return float(columns["episode_return"][frames > frames[-1] - LAST_FRAMES].mean())
+def last_returns(columns: Columns, frames: float | None = None) -> float:
+    """Mean return of the training episodes in the last frames.
+
+    :param frames: where the last frames end; at the end of the run by default
+    """
+    end = columns["frames"][-1] if frames is None else frames
+    within = (columns["frames"] > end - LAST_FRAMES) & (columns["frames"] <= end)
+    return float(columns["episode_return"][within].mean())
+
+
+def updates_of(columns: Columns) -> np.ndarray:
+    """Number of updates in the middle of those that each row of losses is the mean of."""
+    ends = columns["train/n_updates"]
+    return (ends + np.concatenate([[0], ends[:-1]])) / 2
 
 
 def draw(name: str, protocol: Protocol, out: Path) -> None:
@@ -114,7 +124,13 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
         lines.append(f"| {LABELS[arm]} | {len(values)} | {values.mean():.0f}{interval} | {each} | {minutes:.0f} |")
     if protocol.reference:
         reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
-        lines.append(f"| authors' GPLD release | 1 | {last_returns(reference):.0f} | | |")
+        end, title = reference["frames"][-1], "authors' GPLD release"
+        if end < protocol.frames - LAST_FRAMES:
+            title += f", stopped at {end:,.0f} frames"
+            values = np.array([last_returns(columns, end) for columns in runs(name, "gpld", "returns").values()])
+            each = ", ".join(f"{value:.0f}" for value in values)
+            lines.append(f"| {LABELS['gpld']}, at {end:,.0f} frames | {len(values)} | {values.mean():.0f} | {each} | |")
+        lines.append(f"| {title} | 1 | {last_returns(reference):.0f} | | |")
     if protocol.published is not None:
         lines.append(f"| DreamerV3, published | 3 | {protocol.published:.0f} | | |")
     if {"gpld", "dreamer"} <= last.keys():
@@ -132,6 +148,7 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
     assert protocol.reference
     reference = read_columns(REFERENCE / f"{protocol.reference}_losses.csv")
     lines = ["| updates | loss | reference | ours, lowest to highest seed | within the widened spread |", "| --- " * 5 + "|"]
+    within = []
     for updates in LOSS_UPDATES:
         if not by_seed or any(columns["train/n_updates"][-1] < updates for columns in by_seed):
             continue
@@ -142,10 +159,12 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
             ours = []
             for columns in by_seed:
                 total = sum(values for key, values in columns.items() if key == metric or key.startswith(f"{metric}/"))
-                ours.append(float(np.interp(updates, columns["train/n_updates"], total)))
+                ours.append(float(np.interp(updates, updates_of(columns), total)))
             low, high = min(ours), max(ours)
+            within.append(low <= theirs <= high)
             widened = low - MARGIN * abs(low) <= theirs <= high + MARGIN * abs(high)
             lines.append(f"| {updates} | {name_} | {theirs:.3f} | {low:.3f} to {high:.3f} | {'yes' if widened else 'NO'} |")
+    lines.append(f"\nWithin the seeds' spread itself: {sum(within)} of {len(within)}.")
     return lines
 
 
@@ -159,7 +178,7 @@ def value_table(name: str, protocol: Protocol) -> list[str]:
             updates = total / settings["learning_rate"] + settings["learning_rate_warmup"] / 2  # the rate rises from 0
             if not by_seed or any(run["train/n_updates"][-1] < updates for run in by_seed):
                 continue
-            values = [np.interp(updates, run["train/n_updates"], run["actor_critic/value"]) for run in by_seed]
+            values = [np.interp(updates, updates_of(run), run["actor_critic/value"]) for run in by_seed]
             spread = " to ".join(f"{value:.1f}" for value in sorted({min(values), max(values)}))
             lines.append(f"| {total} | {LABELS[arm]} | {updates:,.0f} | {spread} |")
     return lines
