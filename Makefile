@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dmc,zoo,extra,dev
+EXTRAS := dmc,zoo,extra,docs,dev
 
 # The test processes share the cores, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -19,7 +19,7 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint docs
 	$(PYTEST)
 
 test-long: install
@@ -35,14 +35,9 @@ format: install
 	$(BIN)/ruff format .
 
 # The site comes into build/docs; a warning is an error.
-docs: .venv/.installed-docs
+docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "the site is in build/docs/index.html"
-
-.venv/.installed-docs: pyproject.toml constraints.txt
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@touch $@
 
 benchmark: install
 	$(BIN)/python -m benchmarks.update_time --size 1m
