@@ -2,7 +2,8 @@
 
 Usage: python -m benchmarks.learning.draw p2 [--out docs/figures]
 
-The figure has the mean over seeds with its 95 % bootstrap interval, and the run of the authors' release where there is one.
+The figure has the mean over seeds with its 95 % bootstrap interval (where some seeds have stopped, the mean of the others), and
+the run of the authors' release where there is one.
 The tables (Markdown) are the return over the last 5,000 frames; beside a reference, every loss at some numbers of updates with
 the spread of the seeds; and how fast the critic's values rise.
 """
@@ -28,7 +29,7 @@ LAST_FRAMES = 5_000
 LOSS_UPDATES = (600, 1500, 2500, 3400)
 RATE_SUMS = (0.1, 0.2, 0.3, 0.4)
 MARGIN = 0.1  # by which the seeds' spread is widened in the comparison of losses
-# Columns of the reference, and the metrics of ours that they stand beside (summed where there are several).
+# Columns of a reference, not all in each, and the metrics of ours that they stand beside (summed where there are several).
 LOSSES = {
     "reconstruction": "loss/reconstruction",
     "rew": "loss/reward",
@@ -37,6 +38,8 @@ LOSSES = {
     "rep": "loss/rep",
     "gp_post": "gpld/posterior_penalty",
     "value": "loss/value",
+    "entropy": "actor_critic/entropy",
+    "imagined_value": "actor_critic/value",
 }
 LABELS = {
     "gpld": "DreamerV3 + GPLD",
@@ -84,13 +87,15 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
         by_seed = list(runs(name, arm, "returns").values())
         if not by_seed:
             continue
-        points = min(len(columns["frames"]) for columns in by_seed)
-        frames = by_seed[0]["frames"][:points]
-        returns = np.stack([columns["episode_return"][:points] for columns in by_seed])  # (seeds, points)
+        frames = max((columns["frames"] for columns in by_seed), key=len)
+        points = min(len(columns["frames"]) for columns in by_seed)  # of all seeds
+        returns = np.full((len(by_seed), len(frames)), np.nan)  # (seeds, points of the longest)
+        for row, columns in zip(returns, by_seed, strict=True):
+            row[: len(columns["frames"])] = columns["episode_return"]
         seeds = "1 seed" if len(returns) == 1 else f"{len(returns)} seeds"
-        (line,) = axes.plot(frames, returns.mean(0), label=f"{LABELS[arm]} ({seeds})")
+        (line,) = axes.plot(frames, np.nanmean(returns, 0), label=f"{LABELS[arm]} ({seeds})")
         if len(returns) > 1:
-            axes.fill_between(frames, *bootstrap(returns), alpha=0.25, color=line.get_color())
+            axes.fill_between(frames[:points], *bootstrap(returns[:, :points]), alpha=0.25, color=line.get_color())
     if protocol.reference:
         reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         axes.plot(reference["frames"], reference["episode_return"], "k--", label="authors' GPLD release (1 seed)")
@@ -155,6 +160,8 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
         if reference["updates"][-1] < updates:
             continue
         for name_, metric in LOSSES.items():
+            if name_ not in reference:
+                continue
             theirs = float(np.interp(updates, reference["updates"], reference[name_]))
             ours = []
             for columns in by_seed:

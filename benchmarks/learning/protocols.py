@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import yaml
 from gymnasium.wrappers import FlattenObservation
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -72,6 +73,9 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 # As DreamerV3's published curves of control from vectors: bfloat16 products where the machine has them.
 AS_PUBLISHED: dict[str, Any] = {"train_ratio": 512, "precision": "auto"}
+# What zoo_configs/dreamer_gpld_cpu.yml has for every environment: per step, an eighth of the replayed steps as published.
+CPU_FILE = HERE.parents[1] / "zoo_configs" / "dreamer_gpld_cpu.yml"
+FOR_PROCESSORS = {key: value for key, value in yaml.safe_load(CPU_FILE.read_text())["default"].items() if key in COMMON}
 SEEDS = (0, 1, 2, 3, 4)
 PROTOCOLS = {
     "p1": Protocol("walker-walk", 30_000, ("gpld",), SEEDS, reference="walker_walk_p1"),
@@ -85,6 +89,8 @@ PROTOCOLS = {
     ),
     "p3-walker": Protocol("walker-walk", 100_000, ("gpld", "gpld-rate", "sac"), (0, 1), AS_PUBLISHED, published=630),
     "p3-cartpole": Protocol("cartpole-swingup", 100_000, ("gpld", "gpld-rate", "sac"), (0, 1), AS_PUBLISHED, published=677),
+    "p4-walker": Protocol("walker-walk", 100_000, ("gpld",), (0, 1), FOR_PROCESSORS, reference="walker_walk_p4"),
+    "p4-cartpole": Protocol("cartpole-swingup", 100_000, ("gpld",), (0, 1), FOR_PROCESSORS),
 }
 
 
