@@ -2,10 +2,9 @@
 
 Usage: python -m benchmarks.learning.draw p2 [--out docs/figures]
 
-The figure has the mean over seeds with its 95 % bootstrap interval (where some seeds have stopped, the mean of the others), and
-the run of the authors' release where there is one.
-The tables (Markdown) are the return over the last 5,000 frames; beside a reference, every loss at some numbers of updates with
-the spread of the seeds; and how fast the critic's values rise.
+The figure has the mean over seeds with its 95 % bootstrap interval (the mean of those that go on where others have stopped),
+and the run of the authors' release where there is one. The tables (Markdown) are the return over the last 5,000 frames; beside
+a reference, every loss at some numbers of updates with the spread of the seeds; and how fast the critic's values rise.
 """
 
 from __future__ import annotations
