@@ -53,10 +53,16 @@ Columns = dict[str, np.ndarray]
 def runs(name: str, arm: str, kind: str) -> dict[int, Columns]:
     """Results of an arm by seed, as far as there are any.
 
-    :param kind: "returns" or "losses"
+    :param kind: "returns" or "losses"; losses have a column "updates", as those of a reference: the number of updates in the
+        middle of those that a row is the mean of
     """
     paths = sorted(RESULTS.glob(f"{name}_{arm}_*_{kind}.csv"))
-    return {int(path.stem.split("_")[-2]): read_columns(path) for path in paths}
+    by_seed = {int(path.stem.split("_")[-2]): read_columns(path) for path in paths}
+    if kind == "losses":
+        for columns in by_seed.values():
+            ends = columns["train/n_updates"]
+            columns["updates"] = (ends + np.concatenate([[0], ends[:-1]])) / 2
+    return by_seed
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:
@@ -72,12 +78,6 @@ def last_returns(columns: Columns, frames: float | None = None) -> float:
     end = columns["frames"][-1] if frames is None else frames
     within = (columns["frames"] > end - LAST_FRAMES) & (columns["frames"] <= end)
     return float(columns["episode_return"][within].mean())
-
-
-def updates_of(columns: Columns) -> np.ndarray:
-    """Number of updates in the middle of those that each row of losses is the mean of."""
-    ends = columns["train/n_updates"]
-    return (ends + np.concatenate([[0], ends[:-1]])) / 2
 
 
 def draw(name: str, protocol: Protocol, out: Path) -> None:
@@ -110,6 +110,12 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
     plt.close(figure)
 
 
+def return_row(title: str, values: np.ndarray, interval: str = "", minutes: str = "") -> str:
+    """Row of :func:`return_table` with the returns of each seed."""
+    each = ", ".join(f"{value:.0f}" for value in values)
+    return f"| {title} | {len(values)} | {values.mean():.0f}{interval} | {each} | {minutes} |"
+
+
 def return_table(name: str, protocol: Protocol) -> list[str]:
     """Return over the last frames and time of every arm."""
     lines = [f"| {protocol.task} | seeds | return, last {LAST_FRAMES:,} frames | of each seed | minutes a run |"]
@@ -125,8 +131,7 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
         last[arm] = values
         interval = "" if len(values) < 2 else " [{:.0f}, {:.0f}]".format(*bootstrap(values[:, None])[:, 0])
         minutes = np.median([columns["seconds"][-1] / 60 for columns in by_seed.values()])
-        each = ", ".join(f"{value:.0f}" for value in values)
-        lines.append(f"| {LABELS[arm]} | {len(values)} | {values.mean():.0f}{interval} | {each} | {minutes:.0f} |")
+        lines.append(return_row(LABELS[arm], values, interval, f"{minutes:.0f}"))
     if protocol.reference:
         reference = read_columns(REFERENCE / f"{protocol.reference}.csv")
         end, title = reference["frames"][-1], "authors' GPLD release"
@@ -136,8 +141,7 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
                 columns for columns in runs(name, "gpld", "returns").values() if columns["frames"][-1] > end - EPISODE_FRAMES
             ]
             values = np.array([last_returns(columns, end) for columns in as_far])
-            each = ", ".join(f"{value:.0f}" for value in values)
-            lines.append(f"| {LABELS['gpld']}, at {end:,.0f} frames | {len(values)} | {values.mean():.0f} | {each} | |")
+            lines.append(return_row(f"{LABELS['gpld']}, at {end:,.0f} frames", values))
         lines.append(f"| {title} | 1 | {last_returns(reference):.0f} | | |")
     if protocol.published is not None:
         lines.append(f"| DreamerV3, published | 3 | {protocol.published:.0f} | | |")
@@ -158,9 +162,7 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
     lines = ["| updates | loss | reference | ours, lowest to highest seed | within the widened spread |", "| --- " * 5 + "|"]
     within = []
     for updates in LOSS_UPDATES:
-        if not by_seed or any(updates_of(columns)[-1] < updates for columns in by_seed):
-            continue
-        if reference["updates"][-1] < updates:
+        if not by_seed or any(columns["updates"][-1] < updates for columns in [reference, *by_seed]):
             continue
         for name_, metric in LOSSES.items():
             if name_ not in reference:
@@ -169,7 +171,7 @@ def loss_table(name: str, protocol: Protocol) -> list[str]:
             ours = []
             for columns in by_seed:
                 total = sum(values for key, values in columns.items() if key == metric or key.startswith(f"{metric}/"))
-                ours.append(float(np.interp(updates, updates_of(columns), total)))
+                ours.append(float(np.interp(updates, columns["updates"], total)))
             low, high = min(ours), max(ours)
             if name_ != "rep":  # equal to dyn
                 within.append(low <= theirs <= high)
@@ -187,9 +189,9 @@ def value_table(name: str, protocol: Protocol) -> list[str]:
         settings = {**COMMON, **protocol.settings, **ARMS[arm]}
         for total in RATE_SUMS:
             updates = total / settings["learning_rate"] + settings["learning_rate_warmup"] / 2  # the rate rises from 0
-            if not by_seed or any(updates_of(run)[-1] < updates for run in by_seed):
+            if not by_seed or any(run["updates"][-1] < updates for run in by_seed):
                 continue
-            values = [np.interp(updates, updates_of(run), run["actor_critic/value"]) for run in by_seed]
+            values = [np.interp(updates, run["updates"], run["actor_critic/value"]) for run in by_seed]
             spread = " to ".join(f"{value:.1f}" for value in sorted({min(values), max(values)}))
             lines.append(f"| {total} | {LABELS[arm]} | {updates:,.0f} | {spread} |")
     return lines
