@@ -499,7 +499,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             wanted = bool(self.compile)
         if wanted and not is_compiled(self.policy):
             if self.verbose >= 1:
-                print("Compiling the update: the first one takes a minute or two (compile=False turns this off)")
+                print("Compiling the update: the first one takes one to four minutes (compile=False turns this off)")
             # The exact norm's strips would be as many kernels, and its products are as fast uncompiled.
             compile_steps(self.policy, leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
 

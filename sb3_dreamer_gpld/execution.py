@@ -11,7 +11,7 @@ import torch as th
 
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
-# Compiling takes one to two minutes on two processor cores and saves a good part of each update of some hundred
+# Compiling takes one to four minutes on two processor cores and saves a good part of each update of some hundred
 # milliseconds, so it pays after about so many updates.
 AUTO_COMPILE_UPDATES = 2000
 
