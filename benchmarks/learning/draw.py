@@ -137,11 +137,12 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
         end, title = reference["frames"][-1], "authors' GPLD release"
         if end < protocol.frames - LAST_FRAMES:
             title += f", at {end:,.0f} frames"
-            as_far = [
-                columns for columns in runs(name, "gpld", "returns").values() if columns["frames"][-1] > end - EPISODE_FRAMES
-            ]
-            values = np.array([last_returns(columns, end) for columns in as_far])
-            lines.append(return_row(f"{LABELS['gpld']}, at {end:,.0f} frames", values))
+            for arm in protocol.arms:
+                by_seed = runs(name, arm, "returns")
+                as_far = [columns for columns in by_seed.values() if columns["frames"][-1] > end - EPISODE_FRAMES]
+                if as_far:
+                    values = np.array([last_returns(columns, end) for columns in as_far])
+                    lines.append(return_row(f"{LABELS[arm]}, at {end:,.0f} frames", values))
         lines.append(f"| {title} | 1 | {last_returns(reference):.0f} | | |")
     if protocol.published is not None:
         lines.append(f"| DreamerV3, published | 3 | {protocol.published:.0f} | | |")
@@ -156,7 +157,7 @@ def return_table(name: str, protocol: Protocol) -> list[str]:
 
 def loss_table(name: str, protocol: Protocol) -> list[str]:
     """Losses beside those of the reference, at some numbers of updates."""
-    by_seed = list(runs(name, "gpld", "losses").values())
+    by_seed = list(runs(name, protocol.reference_arm, "losses").values())
     assert protocol.reference
     reference = read_columns(REFERENCE / f"{protocol.reference}_losses.csv")
     lines = ["| updates | loss | reference | ours, lowest to highest seed | within the widened spread |", "| --- " * 5 + "|"]

@@ -34,6 +34,7 @@ class Protocol:
     :param seeds: seeds of each arm
     :param settings: arguments of DreamerGPLD that differ from :data:`COMMON`
     :param reference: name of the authors' run in :data:`REFERENCE`, if there is one
+    :param reference_arm: the arm with the settings of that run
     :param published: return of DreamerV3 at the last frame in its authors' published curves (mean of 3 seeds, larger nets)
     """
 
@@ -43,6 +44,7 @@ class Protocol:
     seeds: tuple[int, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    reference_arm: str = "gpld"
     published: float | None = None
 
 
@@ -94,7 +96,15 @@ PROTOCOLS = {
     ),
     "p3-walker": Protocol("walker-walk", 100_000, ("gpld", "gpld-rate", "sac"), (0, 1), AS_PUBLISHED, published=630),
     "p3-cartpole": Protocol("cartpole-swingup", 100_000, ("gpld", "gpld-rate", "sac"), (0, 1), AS_PUBLISHED, published=677),
-    "p4-walker": Protocol("walker-walk", 100_000, ("gpld", "gpld-start"), (0, 1), FOR_PROCESSORS, reference="walker_walk_p4"),
+    "p4-walker": Protocol(
+        "walker-walk",
+        100_000,
+        ("gpld", "gpld-start"),
+        (0, 1),
+        FOR_PROCESSORS,
+        reference="walker_walk_p4",
+        reference_arm="gpld-start",
+    ),
     "p4-cartpole": Protocol("cartpole-swingup", 100_000, ("gpld",), (0, 1), FOR_PROCESSORS),
 }
 
