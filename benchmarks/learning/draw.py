@@ -82,7 +82,7 @@ def last_returns(columns: Columns, frames: float | None = None) -> float:
 
 def draw(name: str, protocol: Protocol, out: Path) -> None:
     """Learning curves as PNG."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
     for arm in protocol.arms:
         by_seed = list(runs(name, arm, "returns").values())
         if not by_seed:
@@ -102,7 +102,7 @@ def draw(name: str, protocol: Protocol, out: Path) -> None:
     if protocol.published is not None:
         axes.plot(protocol.frames, protocol.published, "k*", markersize=10, label="DreamerV3, published (3 seeds)")
     axes.set(title=protocol.task, xlabel="frames", ylabel="return of training episodes")
-    axes.legend()
+    figure.legend(loc="outside lower center")
     axes.grid(alpha=0.3)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / f"learning_{name}.png") as file:
