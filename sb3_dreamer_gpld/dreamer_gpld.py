@@ -108,7 +108,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
     :param penalty_schedule: name of the schedule of λ, or a dict with "name" and its parameters
     :param penalty_min: smallest λ
     :param penalty_start: environment steps before the penalty starts; its schedule counts updates from there
-    :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware has it
+    :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it faster
     :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it
     :raises ValueError, TypeError: an argument is not allowed; the text names it and what is
     """

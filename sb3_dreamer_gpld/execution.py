@@ -19,20 +19,26 @@ AUTO_COMPILE_UPDATES = 2000
 def resolve_precision(precision: str, device: th.device) -> th.dtype:
     """The dtype of matrix products.
 
-    :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it natively
+    :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it faster than float32
     :param device: where the nets are
     """
     if precision == "auto":
-        return th.bfloat16 if has_native_bfloat16(device) else th.float32
+        return th.bfloat16 if has_fast_bfloat16(device) else th.float32
     return {"float32": th.float32, "bfloat16": th.bfloat16}[precision]
 
 
-def has_native_bfloat16(device: th.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware; asks the hardware, measures nothing."""
+def has_fast_bfloat16(device: th.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32; asks the hardware, measures nothing.
+
+    Of processors, those with AMX do, and AMD's with AVX512-BF16 (Zen 4 and later). Intel's with AVX512-BF16 alone, which is
+    what a virtual machine may leave of AMX, take twice as long as in float32 (docs/performance.md).
+    """
     if device.type == "cuda":
         return th.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return th.cpu.get_capabilities().get("avx512_bf16", False) or th.cpu.get_capabilities().get("amx_bf16", False)
+        has = th.cpu.get_capabilities()
+        made_by_amd = has.get("sse4a", False)  # SSE4a is AMD's alone
+        return has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and made_by_amd)
     return False
 
 

@@ -75,7 +75,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dreamer": {"posterior_penalty": 0.0},
     "sac": {},
 }
-# As DreamerV3's published curves of control from vectors: bfloat16 products where the machine has them.
+# As DreamerV3's published curves of control from vectors: bfloat16 products where they are faster.
 AS_PUBLISHED: dict[str, Any] = {"train_ratio": 512, "precision": "auto"}
 # What zoo_configs/dreamer_gpld_cpu.yml has for every environment: an eighth of the replayed steps of the published runs.
 CPU_FILE = HERE.parents[1] / "zoo_configs" / "dreamer_gpld_cpu.yml"
