@@ -32,9 +32,9 @@ from benchmarks.results import read_columns, read_csv, write_csv
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.diagnostics import posterior_states, replay_windows, smoothness, undisturbed
 from sb3_dreamer_gpld.envs import make_dmc
-from sb3_dreamer_gpld.gpld import rademacher
+from sb3_dreamer_gpld.nets.gpld import rademacher
+from sb3_dreamer_gpld.nets.world_model import WorldModel, WorldModelDraws
 from sb3_dreamer_gpld.saving import staged
-from sb3_dreamer_gpld.world_model import WorldModel, WorldModelDraws
 
 ARMS = {"off": (0.0, 0.0), "posterior": (0.5, 0.0), "prior": (0.0, 0.5), "both": (0.5, 0.5)}  # λ₀ of posterior and prior
 PENALTIES = ("posterior", "prior")

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import ImageKey, check_int, check_range, unknown_name
-from sb3_dreamer_gpld.distributions import categorical_kl, decode_categories
 from sb3_dreamer_gpld.execution import plain_steps
+from sb3_dreamer_gpld.nets.distributions import categorical_kl, decode_categories
+from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.world_model import Batch, head_penalty
 from sb3_dreamer_gpld.policies import DreamerPolicy
-from sb3_dreamer_gpld.rssm import States
-from sb3_dreamer_gpld.world_model import Batch, head_penalty
 
 if TYPE_CHECKING:
     from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD

@@ -23,15 +23,16 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import update_learning_rate
 from torch import Tensor
 
-from sb3_dreamer_gpld.actor_critic import ImaginationDraws
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
 from sb3_dreamer_gpld.envs import blamed_environment, lost_processes
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
-from sb3_dreamer_gpld.gpld import penalty_weight
+from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws
+from sb3_dreamer_gpld.nets.gpld import penalty_weight
+from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.world_model import Batch, WorldModelDraws
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
-from sb3_dreamer_gpld.rssm import States
 from sb3_dreamer_gpld.saving import (
     FORMAT_VERSION,
     atomic_file,
@@ -40,7 +41,6 @@ from sb3_dreamer_gpld.saving import (
     restore_rng,
     rng_states,
 )
-from sb3_dreamer_gpld.world_model import Batch, WorldModelDraws
 
 SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
 

@@ -12,8 +12,8 @@ import torch as th
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from sb3_dreamer_gpld.distributions import decode_categories
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.nets.distributions import decode_categories
 from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
 from sb3_dreamer_gpld.saving import atomic_file
 

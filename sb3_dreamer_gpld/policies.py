@@ -21,13 +21,13 @@ from stable_baselines3.common.utils import get_device
 from torch import Tensor
 from typing_extensions import Self
 
-from sb3_dreamer_gpld.actor_critic import ActorCritic
 from sb3_dreamer_gpld.buffers import SequenceSamples
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
-from sb3_dreamer_gpld.distributions import decode_categories, encode_categories
+from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
+from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
+from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
-from sb3_dreamer_gpld.world_model import Batch, WorldModel
 
 
 class RecurrentState(NamedTuple):

@@ -193,7 +193,7 @@ def test_errors_in_a_known_environment(tmp_path: Path) -> None:
     """A model that predicts 0 everywhere, and ½ as the probability to go on, in an environment that counts."""
     matplotlib = pytest.importorskip("matplotlib")
     assert matplotlib
-    from sb3_dreamer_gpld import zoo_diagnose
+    from sb3_dreamer_gpld.zoo import diagnose
 
     model = tiny(Counter())
     world_model = model.policy.world_model
@@ -202,14 +202,14 @@ def test_errors_in_a_known_environment(tmp_path: Path) -> None:
             for parameter in head.output.parameters():
                 parameter.zero_()
     args = f"--model m --env e --out o --episodes 2 --context 3 --horizon 11 --windows {2 * (LENGTH - 2)}"
-    options = zoo_diagnose.parse(args.split())
+    options = diagnose.parse(args.split())
     env = model.get_env()
     assert env is not None
-    episodes = zoo_diagnose.collect(model, env, options)
+    episodes = diagnose.collect(model, env, options)
     assert [episode.rewards.tolist() for episode in episodes] == [[list(range(LENGTH + 1))]] * 2
     assert all(episode.is_terminal.sum() == episode.is_terminal[0, -1] == 1 for episode in episodes)
 
-    found = zoo_diagnose.measure(model, episodes, options)
+    found = diagnose.measure(model, episodes, options)
     # All windows with at least one step after the context: they start at 0 to LENGTH − 3 and see 3 steps
     seen = np.arange(2, LENGTH)
     for k in range(12):
@@ -370,7 +370,7 @@ def test_callback_of_another_algorithm() -> None:
 
 def diagnose(args: str) -> int:
     pytest.importorskip("matplotlib")
-    from sb3_dreamer_gpld import zoo
+    from sb3_dreamer_gpld.zoo import main as zoo
 
     return zoo.main(["diagnose", *args.split()])
 

@@ -164,7 +164,7 @@ def stop_at_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command line read its arguments, and look up the files and environments that they name."""
     pytest.importorskip("rl_zoo3")
-    from sb3_dreamer_gpld import zoo
+    from sb3_dreamer_gpld.zoo import main as zoo
 
     stop_at_arguments(monkeypatch)
     monkeypatch.setattr(zoo, "_prepare_training", lambda args: args)
@@ -246,7 +246,7 @@ def test_wrong_commands_are_found(line: str) -> None:
 @pytest.mark.parametrize("block", of("yaml"))
 def test_hyperparameters_are_valid(block: Block) -> None:
     pytest.importorskip("rl_zoo3")
-    from sb3_dreamer_gpld.zoo_check import check_entry
+    from sb3_dreamer_gpld.zoo.check import check_entry
 
     entries = yaml.safe_load(block.text)
     if not all(isinstance(entry, dict) and "policy" in entry for entry in entries.values()):

@@ -334,6 +334,17 @@ def test_a_file_of_the_first_version_loads_for_ever() -> None:
     loaded.learn(40)
 
 
+def test_a_replay_buffer_of_the_first_version_loads_for_ever() -> None:
+    """Saved by the run of the file above, before the modules moved into wings."""
+    loaded = DreamerGPLD.load(FIRST_VERSION, env=Clock(), device="cpu")
+    loaded.load_replay_buffer(FIRST_VERSION.with_name("buffer_v1.pkl"))
+    buffer = loaded.replay_buffer
+    assert buffer is not None and buffer.size() == 63  # 3 episodes of 20 steps, and their last observations
+    np.testing.assert_allclose(buffer.rewards[:60].sum(), -13.257082, rtol=1e-5)
+    loaded.learn(40, reset_num_timesteps=False)
+    assert buffer.size() == 105
+
+
 def _actions(trained: DreamerGPLD) -> np.ndarray:
     """Actions of an episode without random numbers, (5, 2)."""
     actions, state = [], None

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.learning.protocols import ARMS, COMMON, EPISODE_FRAMES, PROTOCOLS, REFERENCE, RESULTS, Protocol
 from benchmarks.results import read_columns
 from sb3_dreamer_gpld.saving import atomic_file
-from sb3_dreamer_gpld.zoo_plot import Style, interval, mean
+from sb3_dreamer_gpld.zoo.plot import Style, interval, mean
 
 LAST_FRAMES = 5_000
 LOSS_UPDATES = (600, 1500, 2500, 3400)

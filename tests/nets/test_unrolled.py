@@ -7,8 +7,8 @@ import torch as th
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import ModelConfig
-from sb3_dreamer_gpld.rssm import RSSM, STEPS_TOGETHER
-from sb3_dreamer_gpld.unrolled import Affine, Unrolled
+from sb3_dreamer_gpld.nets.rssm import RSSM, STEPS_TOGETHER
+from sb3_dreamer_gpld.nets.unrolled import Affine, Unrolled
 
 STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
 

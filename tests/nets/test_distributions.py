@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from sb3_dreamer_gpld.distributions import (
+from sb3_dreamer_gpld.nets.distributions import (
     BoundedNormal,
     MultiCategorical,
     categorical_kl,

@@ -15,10 +15,10 @@ import torch as th
 from torch import Tensor, nn
 
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig
-from sb3_dreamer_gpld.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
-from sb3_dreamer_gpld.networks import Head, apply_heads
-from sb3_dreamer_gpld.rssm import States
-from sb3_dreamer_gpld.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
+from sb3_dreamer_gpld.nets.layers import Head, apply_heads
+from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 
 CHUNK_ROWS = 1024  # states whose predictions are computed together
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sb3_dreamer_gpld import DreamerGPLD, gpld
+from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.dreamer_gpld import Loss
-from sb3_dreamer_gpld.gpld import Layer, penalty_weight, rademacher, row_penalty
-from sb3_dreamer_gpld.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.nets import gpld
+from sb3_dreamer_gpld.nets.gpld import Layer, penalty_weight, rademacher, row_penalty
+from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 
 CPU = th.device("cpu")
 DEBUG = ModelConfig.make("debug")

@@ -41,9 +41,9 @@ from sb3_dreamer_gpld.diagnostics import (
     write_mp4,
 )
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy, as_dict
 from sb3_dreamer_gpld.saving import check_writable, staged
-from sb3_dreamer_gpld.world_model import Batch
 
 SEGMENT = 64  # steps of an episode that go through the nets together
 WINDOWS = 8  # windows that are predicted together: decoded images need much memory

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import gymnasium as gym
 
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.zoo_check import DM_CONTROL, check_entry, check_file, read_yaml, unknown
+from sb3_dreamer_gpld.zoo.check import DM_CONTROL, check_entry, check_file, read_yaml, unknown
 
 if TYPE_CHECKING:
     import optuna
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NAME = "dreamer_gpld"
 # Beside this file in an installed package, at the top of a checkout
 CONFIGS = next(
-    (path for path in (Path(__file__).parent / "zoo_configs", Path(__file__).parents[1] / "zoo_configs") if path.is_dir()),
+    (folder for parent in Path(__file__).parents[1:3] if (folder := parent / "zoo_configs").is_dir()),
     Path("zoo_configs"),
 )
 
@@ -401,7 +401,7 @@ def _record_video(args: list[str]) -> None:
 
 def _push_to_hub(args: list[str]) -> None:
     register()
-    from sb3_dreamer_gpld import zoo_hub
+    from sb3_dreamer_gpld.zoo import hub
 
     packages, args = _take(args, "--gym-packages", nargs="+", default=[])
     keep, args = _take(args, "--no-upload", action="store_true")
@@ -413,33 +413,33 @@ def _push_to_hub(args: list[str]) -> None:
         if keep and not options.organization:
             args = [*args, "-orga", "local"]
     with _arguments("push-to-hub", args):
-        zoo_hub.push(run, upload=not keep)
+        hub.push(run, upload=not keep)
 
 
 def _plot(args: list[str]) -> None:
     try:
-        from sb3_dreamer_gpld import zoo_plot
+        from sb3_dreamer_gpld.zoo import plot
     except ModuleNotFoundError as error:
         _fail(f'plots need {error.name}: pip install "sb3-dreamer-gpld[extra]"')
     with _arguments("plot", args):
-        zoo_plot.main(NAME)
+        plot.main(NAME)
 
 
 def _diagnose(args: list[str]) -> None:
     try:
-        from sb3_dreamer_gpld import zoo_diagnose
+        from sb3_dreamer_gpld.zoo import diagnose
     except ModuleNotFoundError as error:
         _fail(f'plots need {error.name}: pip install "sb3-dreamer-gpld[extra]"')
-    options = zoo_diagnose.parse(args)
+    options = diagnose.parse(args)
     wrapper = None
     _prepare_environment(options.env, options.gym_packages, rendering=False)
     if options.conf_file is not None:
         wrapper = _find_wrapper(options.conf_file, options.env)
     try:
-        setup = zoo_diagnose.prepare(options, wrapper)
+        setup = diagnose.prepare(options, wrapper)
     except (ValueError, OSError, ImportError) as error:
         _fail(str(error))
-    zoo_diagnose.run(options, setup)
+    diagnose.run(options, setup)
 
 
 def _find_wrapper(conf_file: str, env_id: str) -> Callable[[gym.Env], gym.Env] | None:
@@ -510,7 +510,3 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         _fail(unknown("the command", args[0], COMMANDS))
     return COMMANDS[args[0]].run(args[1:]) or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

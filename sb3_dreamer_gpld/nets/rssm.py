@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import ModelConfig
-from sb3_dreamer_gpld.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
-from sb3_dreamer_gpld.networks import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
-from sb3_dreamer_gpld.unrolled import Affine, Unrolled, as_computed
+from sb3_dreamer_gpld.nets.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
+from sb3_dreamer_gpld.nets.layers import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
+from sb3_dreamer_gpld.nets.unrolled import Affine, Unrolled, as_computed
 
 # Steps of observe that are compiled as one function: more of them cost less to call, and take longer to compile.
 STEPS_TOGETHER = 4

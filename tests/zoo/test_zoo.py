@@ -25,7 +25,8 @@ import rl_zoo3.exp_manager  # noqa: E402
 import rl_zoo3.hyperparams_opt  # noqa: E402
 import rl_zoo3.train  # noqa: E402
 
-from sb3_dreamer_gpld import zoo, zoo_check, zoo_plot  # noqa: E402
+from sb3_dreamer_gpld.zoo import check, plot  # noqa: E402
+from sb3_dreamer_gpld.zoo import main as zoo  # noqa: E402
 
 SHIPPED = sorted(zoo.CONFIGS.glob("*.yml"))
 PLAIN = {"n_timesteps": 150, "policy": "MlpPolicy"}
@@ -94,14 +95,14 @@ def test_search_space_gives_constructor_arguments() -> None:
     sampled = zoo.sample_params(trial, n_actions=1, n_envs=1, additional_args={})
     assert sampled == zoo.convert_params(trial.params)  # what a run from a stored trial gets
     assert sampled["train_ratio"] == 64 and sampled["batch_length"] == 32 and sampled["posterior_penalty"] == 0
-    assert zoo_check.check_entry({**PLAIN, **sampled}) == []
+    assert check.check_entry({**PLAIN, **sampled}) == []
 
 
 def test_whole_search_space_is_valid() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         sampled = zoo.sample_params(study.ask(), 1, 1, {})
-        assert zoo_check.check_entry({**PLAIN, "model_size": "debug", **sampled}) == []
+        assert check.check_entry({**PLAIN, "model_size": "debug", **sampled}) == []
 
 
 # --------------------------------------------------------------------------------------------------------------- checker
@@ -215,12 +216,12 @@ def test_every_task_has_the_setting_of_the_paper(name: str) -> None:
     ],
 )
 def test_names_the_mistake(entry: dict[str, Any], problem: str) -> None:
-    (found,) = zoo_check.check_entry({**PLAIN, **entry})
+    (found,) = check.check_entry({**PLAIN, **entry})
     assert re.search(problem, found), found
 
 
 def test_names_all_mistakes_of_an_entry() -> None:
-    found = zoo_check.check_entry({"policy": "MlpPolicy", "gamma": 2, "train_ratio": "x", "batchsize": 1})
+    found = check.check_entry({"policy": "MlpPolicy", "gamma": 2, "train_ratio": "x", "batchsize": 1})
     assert [problem.split(":")[0] for problem in found] == ["batchsize", "n_timesteps", "gamma", "train_ratio"]
 
 
@@ -240,7 +241,7 @@ def test_names_all_mistakes_of_an_entry() -> None:
     ],
 )
 def test_accepts_what_rl_zoo3_accepts(entry: dict[str, Any]) -> None:
-    assert zoo_check.check_entry({**PLAIN, **entry}) == []
+    assert check.check_entry({**PLAIN, **entry}) == []
 
 
 def test_check_lists_the_problems_of_all_entries(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -447,13 +448,13 @@ def test_push_to_hub_makes_the_files_without_network(
 def test_push_to_hub_sends_the_folder_with_our_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 
-    from sb3_dreamer_gpld import zoo_hub
+    from sb3_dreamer_gpld.zoo import hub
 
     calls: list[tuple[str, dict[str, Any]]] = []
     for name in ("create_repo", "snapshot_download", "upload_folder"):
         monkeypatch.setattr(HfApi, name, lambda self, *args, _name=name, **kwargs: calls.append((_name, kwargs)))
-    monkeypatch.setattr(zoo_hub, "write_model_card", lambda *args: calls.append(("card", {"args": args})))
-    client = zoo_hub._client(folder, upload=True)()
+    monkeypatch.setattr(hub, "write_model_card", lambda *args: calls.append(("card", {"args": args})))
+    client = hub._client(folder, upload=True)()
     client.create_repo(repo_id="me/agent", private=False)
     client.snapshot_download(repo_id="me/agent", local_dir=folder)
     client.upload_folder(repo_id="me/agent", folder_path=folder, commit_message="hello")
@@ -493,32 +494,32 @@ def test_plot_draws_tasks_and_aggregate(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_plot_reads_what_train_logged(trained: Path) -> None:
-    runs = zoo_plot.read_runs([str(trained / "logs")], ["x"], ["dreamer_gpld"])
+    runs = plot.read_runs([str(trained / "logs")], ["x"], ["dreamer_gpld"])
     ((steps, returns),) = runs["Pendulum-v1"]["x"]
     assert steps.tolist() == [75, 150] and returns.shape == (2,)
 
 
 def test_statistics() -> None:
     scores = np.array([[[0.0], [0.4]], [[0.2], [2.0]]])  # 2 seeds, 2 tasks, 1 step
-    assert zoo_plot.mean(scores) == pytest.approx([0.65])
-    assert zoo_plot.median(scores) == pytest.approx([0.65])  # of 0.1 and 1.2
-    assert zoo_plot.interquartile_mean(scores) == pytest.approx([0.3])
-    assert zoo_plot.optimality_gap(scores) == pytest.approx([1 - 0.4])
+    assert plot.mean(scores) == pytest.approx([0.65])
+    assert plot.median(scores) == pytest.approx([0.65])  # of 0.1 and 1.2
+    assert plot.interquartile_mean(scores) == pytest.approx([0.3])
+    assert plot.optimality_gap(scores) == pytest.approx([1 - 0.4])
 
 
 def test_interval_is_stratified_by_task() -> None:
-    style = zoo_plot.Style(size=0.9, reps=500)
+    style = plot.Style(size=0.9, reps=500)
     # No spread within the tasks: however different the tasks are, there is no uncertainty
     constant = np.repeat([[[0.1], [0.9]]], 4, 0)
-    assert zoo_plot.interval(constant, zoo_plot.mean, style)[:, 0] == pytest.approx([0.5, 0.5])
+    assert plot.interval(constant, plot.mean, style)[:, 0] == pytest.approx([0.5, 0.5])
     normal = np.random.default_rng(0).normal(size=(100, 1, 1))
-    low, high = zoo_plot.interval(normal, zoo_plot.mean, style)[:, 0]
+    low, high = plot.interval(normal, plot.mean, style)[:, 0]
     assert high - low == pytest.approx(2 * 1.645 * normal.std() / 10, rel=0.15)
 
 
 def test_curves_end_with_the_shortest_run(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [zoo_plot.Run(np.array([10, 20, 30]), np.arange(3.0)), zoo_plot.Run(np.array([5, 15, 25, 28]), np.arange(4.0))]
-    steps = zoo_plot._common_steps(runs)
+    runs = [plot.Run(np.array([10, 20, 30]), np.arange(3.0)), plot.Run(np.array([5, 15, 25, 28]), np.arange(4.0))]
+    steps = plot._common_steps(runs)
     assert steps.tolist() == [10, 20]
-    assert zoo_plot._at(steps, runs) == pytest.approx(np.array([[0, 1], [0.5, 1.5]]))
+    assert plot._at(steps, runs) == pytest.approx(np.array([[0, 1], [0.5, 1.5]]))
     assert "Drawn up to 28 steps" in capsys.readouterr().out

@@ -20,11 +20,11 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.actor_critic import ImaginationDraws
-from sb3_dreamer_gpld.distributions import BoundedNormal, uniform_mix
-from sb3_dreamer_gpld.world_model import Batch, WorldModelDraws
+from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws
+from sb3_dreamer_gpld.nets.distributions import BoundedNormal, uniform_mix
+from sb3_dreamer_gpld.nets.world_model import Batch, WorldModelDraws
 
-FOLDERS = [Path(__file__).parent / "parity"] + [Path(p) for p in [os.environ.get("DREAMER_PARITY_DIR", "")] if p]
+FOLDERS = [Path(__file__).parents[1] / "parity"] + [Path(p) for p in [os.environ.get("DREAMER_PARITY_DIR", "")] if p]
 RECORDINGS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.npz"))}
 LOSS_TOLERANCE = 1e-5  # relative
 TENSOR_TOLERANCE = 1e-4  # of the largest entry
@@ -351,7 +351,7 @@ def test_parity(recording: Recording) -> None:
 
 def test_returns(recording: Recording) -> None:
     """λ-returns from the recorded rewards, continuations and values."""
-    from sb3_dreamer_gpld.actor_critic import imagined_returns, replayed_returns
+    from sb3_dreamer_gpld.nets.actor_critic import imagined_returns, replayed_returns
 
     reward, cont, value = (recording.tensor(f"rec/imag.{k}").T for k in ("rew", "con", "value"))
     returns = imagined_returns(reward, cont, value, 0.95)

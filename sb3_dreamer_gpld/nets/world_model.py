@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
-from sb3_dreamer_gpld.distributions import categorical_kl, two_hot_bins, two_hot_loss, two_hot_mean
-from sb3_dreamer_gpld.gpld import rademacher, row_penalty
-from sb3_dreamer_gpld.networks import (
+from sb3_dreamer_gpld.nets.distributions import categorical_kl, two_hot_bins, two_hot_loss, two_hot_mean
+from sb3_dreamer_gpld.nets.gpld import rademacher, row_penalty
+from sb3_dreamer_gpld.nets.layers import (
     Encoder,
     Head,
     ImageDecoder,
@@ -27,7 +27,7 @@ from sb3_dreamer_gpld.networks import (
     image_targets,
     vector_targets,
 )
-from sb3_dreamer_gpld.rssm import RSSM, States
+from sb3_dreamer_gpld.nets.rssm import RSSM, States
 
 
 class Batch(NamedTuple):
@@ -253,7 +253,7 @@ class WorldModel(nn.Module):
 def head_penalty(
     head: Head, inputs: Tensor, classes: int, unimix: float, probes: Tensor | None, rows: Tensor | None
 ) -> Tensor:
-    """:func:`~sb3_dreamer_gpld.gpld.row_penalty` of the posterior or the prior net, in float32 at least, (n,)."""
+    """:func:`~sb3_dreamer_gpld.nets.gpld.row_penalty` of the posterior or the prior net, in float32 at least, (n,)."""
     output = head.output.parts[0]
     with th.autocast(inputs.device.type, enabled=False):
         return row_penalty(
