@@ -1,14 +1,18 @@
 """The actor and the critic: imagined returns, policy loss, value losses, percentile scale, slow value.
 
-Letters: B sequences, T steps, N = B·T starts, H imagined steps, A action numbers.
+Letters: B sequences, T steps, S of them from which rollouts start, N = B·S starts, H imagined steps, A action numbers.
 
-Source: Hafner et al., Nature 2025 (Methods, "Critic learning" and "Actor learning", Eqs. 7 to 12) and the authors'
-release, ``imag_loss`` and ``repl_loss``.
+Sources: Hafner et al., Nature 2025 (Methods, "Critic learning" and "Actor learning", Eqs. 7 to 12) and the authors'
+release, ``imag_loss`` and ``repl_loss``; for gradients through the dynamics Hafner et al., "Dream to Control" (ICLR 2020), and
+the release of 2023, ``actor_grad_cont: backprop``; for the entropy's coefficient Haarnoja et al., "Soft Actor-Critic
+Algorithms and Applications" (2018, Sec. 5), of which it takes the idea.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch as th
@@ -21,6 +25,9 @@ from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 
 CHUNK_ROWS = 1024  # states whose predictions are computed together
+ENT_COEF_RATE = 0.01  # largest change of the logarithm of the entropy's coefficient in an update
+# The standard deviation of each number of a Box that the target entropy "auto" stands for (docs/learning.md)
+AUTO_TARGET_STD = 0.242
 
 
 class ImaginationDraws(NamedTuple):
@@ -34,8 +41,56 @@ class ImaginationDraws(NamedTuple):
     action: Tensor
 
 
+class Objective(NamedTuple):
+    """What actor and critic are trained for.
+
+    :param gamma: discount of the replayed returns; the imagined ones are discounted by the continue head
+    :param return_lambda: λ of the returns
+    :param ent_coef: weight of the policy's entropy; with a target entropy the smallest one
+    :param target_entropy: in nats, below which the weight of the entropy rises; None: it stays
+    :param dynamics: share of the actor's gradient that comes through the imagined dynamics, in [0, 1]; REINFORCE has the rest
+    :param starts: rollouts start from that many of the last states of each sequence; None: from all
+    """
+
+    gamma: float
+    return_lambda: float
+    ent_coef: float
+    target_entropy: float | None = None
+    dynamics: float = 0.0
+    starts: int | None = None
+
+
+class Running(NamedTuple):
+    """What actor and critic remember from update to update beside their parameters.
+
+    :param percentiles: low and high percentile of the returns, (2,)
+    :param ent_coef_rise: logarithm of the entropy's coefficient over its smallest value, scalar
+    """
+
+    percentiles: Tensor
+    ent_coef_rise: Tensor
+
+
+class Rollouts(NamedTuple):
+    """Imagined rollouts. With gradients through the dynamics, predictions have that of the actions, but not of their nets.
+
+    :param outputs: of the policy, with its gradient, (H, N, ·)
+    :param actions: taken, without gradient, (H, N, A)
+    :param reward, cont, value, slow_value: at each state, (H + 1, N)
+    :param value_logits: of the value at all states but the last, a few steps at a time, with its gradient, (≤ group, N, bins)
+    """
+
+    outputs: Tensor
+    actions: Tensor
+    reward: Tensor
+    cont: Tensor
+    value: Tensor
+    slow_value: Tensor
+    value_logits: Sequence[Tensor]
+
+
 class ActorCritic(nn.Module):
-    """Policy, value and slow value, and the running percentiles of the returns.
+    """Policy, value and slow value, and what is remembered beside them, see :class:`Running`.
 
     :param actions: what actions look like
     :param config: sizes and constants
@@ -43,6 +98,7 @@ class ActorCritic(nn.Module):
 
     bins: Tensor
     percentiles: Tensor
+    ent_coef_rise: Tensor
 
     def __init__(self, actions: ActionSpec, config: ModelConfig) -> None:
         super().__init__()
@@ -59,7 +115,9 @@ class ActorCritic(nn.Module):
         self.value = Head(config.feature_size, value, [config.bins], scale=0.0)
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
         self.register_buffer("bins", two_hot_bins(config.bins), persistent=False)
-        self.register_buffer("percentiles", th.zeros(2))  # running low and high percentile of the returns
+        self.register_buffer("percentiles", th.zeros(2))
+        self.register_buffer("ent_coef_rise", th.zeros(()))
+        self.register_load_state_dict_pre_hook(_complete_state)
 
     def draw(self, starts: int, horizon: int) -> ImaginationDraws:
         """Random numbers for rollouts of ``horizon`` steps from ``starts`` states."""
@@ -68,69 +126,47 @@ class ActorCritic(nn.Module):
         return ImaginationDraws(stoch, self.distribution.draw((horizon, starts), device))
 
     def loss(
-        self,
-        world_model: WorldModel,
-        batch: Batch,
-        states: States,
-        draws: ImaginationDraws,
-        gamma: float,
-        return_lambda: float,
-        ent_coef: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        self, world_model: WorldModel, batch: Batch, states: States, draws: ImaginationDraws, objective: Objective
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Running]:
         """Losses of policy and value, before their weights.
 
         :param world_model: imagines, and predicts rewards and continuation
         :param batch: replayed sequences
         :param states: their posterior states
-        :param draws: random numbers
-        :param gamma: discount of the replayed returns; the imagined ones are discounted by the continue head
-        :param return_lambda: λ of the returns
-        :param ent_coef: weight of the policy's entropy
-        :return: losses by name, (B, T) each but replay_value (B, T − 1); metrics by name, scalars without gradient; the
-            percentiles after this batch, which the caller keeps if the update succeeds
+        :param draws: random numbers for B·S rollouts
+        :param objective: what is trained for
+        :return: losses by name, (B, S) each but replay_value (B, S − 1); metrics by name, scalars without gradient; what is
+            remembered after this batch, which the caller keeps if the update succeeds
         """
-        horizon, size = len(draws.action), batch.rewards.shape
-        outputs: list[Tensor] = []
-        actions: list[Tensor] = []
+        starts = batch.rewards.shape[1] if objective.starts is None else objective.starts
+        batch, states = batch.last(starts), states.last(starts)
+        size = batch.rewards.shape  # B, S
+        rollouts = self._imagine(world_model, states, draws, objective)
+        reward, cont, value, slow_value = rollouts.reward, rollouts.cont, rollouts.value, rollouts.slow_value
+        returns = imagined_returns(reward, cont, value, objective.return_lambda)  # (H, N)
+        weight = cont.detach().cumprod(0)[:-1]  # (H, N), the start's own continuation included
+        percentiles = self.updated_percentiles(returns.detach())
+        scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)
+        advantage = (returns - value[:-1]) / scale  # (H, N)
 
-        def act(features: Tensor, step: int) -> Tensor:
-            # The graph of these outputs is what the policy loss needs, so they are not computed again.
-            with th.enable_grad():
-                outputs.append(self.policy_outputs(features))
-            actions.append(self.distribution.sample(outputs[-1], draws.action[step]))
-            return actions[-1]
-
-        start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
-        features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
-
-        # A few steps at a time: enough rows for a good matrix product, few enough for the processor's cache.
-        group = max(1, CHUNK_ROWS // start[0].shape[0])
-        # A single step is taken as it is, which saves a copy.
-        groups = [features[i : min(i + group, horizon)] for i in range(0, horizon, group)]
-        chunks = [th.stack(x) if len(x) > 1 else x[0].unsqueeze(0) for x in groups]  # (≤ group, N, D + C·K) each
-        value_logits, values = zip(*[self.value_step(x) for x in chunks], strict=True)  # (≤ group, N, bins), (≤ group, N)
-        with th.no_grad():
-            last = features[-1].unsqueeze(0)  # (1, N, D + C·K)
-            predictions = [self.prediction_step(world_model, x) for x in [*chunks, last]]
-            reward, cont, slow_value = (th.cat(parts) for parts in zip(*predictions, strict=True))  # (H + 1, N)
-            value = th.cat([*values, self.value_step(last)[1]])  # (H + 1, N)
-            returns = imagined_returns(reward, cont, value, return_lambda)  # (H, N)
-            weight = cont.cumprod(0)[:-1]  # (H, N), the start's own continuation included
-            percentiles = self.updated_percentiles(returns)
-            scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)
-            advantage = (returns - value[:-1]) / scale
-
-        log_prob, entropy = self.distribution.log_prob_and_entropy(th.stack(outputs), th.stack(actions))  # (H, N)
-        policy_loss = -weight * (log_prob * advantage + ent_coef * entropy)
-        targets = zip(value_logits, returns.split(group), slow_value[:-1].split(group), strict=True)
+        log_prob, entropy = self.distribution.log_prob_and_entropy(rollouts.outputs, rollouts.actions)  # (H, N)
+        gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()
+        rise = self._updated_ent_coef_rise(entropy.detach(), objective.target_entropy)
+        ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
+        policy_loss = -weight * (gain + ent_coef * entropy)
+        returns, slow_value, advantage = returns.detach(), slow_value.detach(), advantage.detach()
+        group = len(rollouts.value_logits[0])
+        targets = zip(rollouts.value_logits, returns.split(group), slow_value[:-1].split(group), strict=True)
         value_loss = weight * th.cat([self.value_loss_step(*chunk) for chunk in targets])  # (H, N)
         losses = {"policy": policy_loss.mean(0).view(size), "value": value_loss.mean(0).view(size)}
 
-        # The rollout of each replayed state starts there, so its first slow value and return serve the replay loss too.
-        bootstrap, replay_slow = returns[0].view(size), slow_value[0].view(size)
-        losses["replay_value"] = self._replay_value_loss(batch, states, bootstrap, replay_slow, gamma, return_lambda)
+        # A rollout starts at each replayed state, so its first slow value and return serve the replay loss too.
+        losses["replay_value"] = self._replay_value_loss(
+            batch, states, returns[0].view(size), slow_value[0].view(size), objective.gamma, objective.return_lambda
+        )
         metrics = {
             "entropy": entropy.mean(),
+            "ent_coef": ent_coef,
             "advantage": advantage.mean(),
             "advantage_std": (advantage - advantage.mean()).square().mean().sqrt(),
             "imagined_reward": reward.mean(),
@@ -139,7 +175,45 @@ class ActorCritic(nn.Module):
             "value": value.mean(),
             "return_scale": scale,
         }
-        return losses, {name: metric.detach() for name, metric in metrics.items()}, percentiles
+        detached = {name: metric.detach() for name, metric in metrics.items()}
+        return losses, detached, Running(percentiles, rise)
+
+    def _imagine(self, world_model: WorldModel, states: States, draws: ImaginationDraws, objective: Objective) -> Rollouts:
+        """Rollouts from posterior states (B, S, ...), and what is predicted along them."""
+        differentiable = objective.dynamics > 0
+        outputs: list[Tensor] = []
+        actions: list[Tensor] = []
+
+        def act(features: Tensor, step: int) -> Tensor:
+            # The graph of these outputs is what the policy loss needs, so they are not computed again.
+            with th.enable_grad():
+                outputs.append(self.policy_outputs(features.detach()))
+            sample = self.distribution.sample_with_gradient if differentiable else self.distribution.sample
+            actions.append(sample(outputs[-1], draws.action[step]))
+            return actions[-1]
+
+        start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
+        horizon, rows = len(draws.action), len(start[0])
+        with gradient_of_inputs(world_model, self.value) if differentiable else th.no_grad():
+            features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
+            # A few steps at a time: enough rows for a good matrix product, few enough for the processor's cache.
+            group = max(1, CHUNK_ROWS // rows)
+            # A single step is taken as it is, which saves a copy.
+            groups = [features[i : min(i + group, horizon)] for i in range(0, horizon, group)]
+            chunks = [th.stack(x) if len(x) > 1 else x[0].unsqueeze(0) for x in groups]  # (≤ group, N, D + C·K) each
+            last = features[-1].unsqueeze(0)  # (1, N, D + C·K)
+            predictions = [self.prediction_step(world_model, x) for x in [*chunks, last]]
+            reward, cont, slow_value = (th.cat(parts) for parts in zip(*predictions, strict=True))  # (H + 1, N)
+        logits, values = zip(*[self.value_step(x.detach()) for x in chunks], strict=True)  # (≤ group, N, bins), (≤ group, N)
+        if differentiable:  # in the features, where the logits' gradient is that of the parameters
+            with gradient_of_inputs(world_model, self.value):
+                value = th.cat([self.value_of(x) for x in [*chunks, last]])  # (H + 1, N)
+        else:
+            with th.no_grad():
+                value = th.cat([*values, self.value_step(last)[1]])  # (H + 1, N)
+        # The density is that of a given action, whose gradient would cancel the score's.
+        taken = th.stack([action.detach() for action in actions])  # (H, N, A)
+        return Rollouts(th.stack(outputs), taken, reward, cont, value, slow_value, logits)
 
     def policy_outputs(self, features: Tensor) -> Tensor:
         """Outputs of the policy net for features (N, D + C·K), (N, outputs)."""
@@ -149,6 +223,10 @@ class ActorCritic(nn.Module):
         """Value of features (..., D + C·K): logits (..., bins), and their mean without gradient (...)."""
         logits = self.value(features)
         return logits, two_hot_mean(logits.detach(), self.bins)
+
+    def value_of(self, features: Tensor) -> Tensor:
+        """Value of features (..., D + C·K), with their gradient, (...)."""
+        return two_hot_mean(self.value(features), self.bins)
 
     def value_loss_step(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
         """Cross-entropies of the value (..., bins) to the returns (...) and to the slow value (...), (...)."""
@@ -164,14 +242,15 @@ class ActorCritic(nn.Module):
     ) -> Tensor:
         """Value loss on the replayed states; its gradient enters the world model.
 
-        :param bootstrap: imagined return of each state, (B, T)
-        :param slow_value: slow value of each state, (B, T)
-        :return: (B, T − 1)
+        :param batch, states: the last S steps
+        :param bootstrap: imagined return of each state, (B, S)
+        :param slow_value: slow value of each state, (B, S)
+        :return: (B, S − 1)
         """
         returns = replayed_returns(
             batch.rewards, batch.is_last, batch.is_terminal, bootstrap, gamma, return_lambda
-        )  # (B, T − 1)
-        logits = self.value(states.features[:, :-1])  # (B, T − 1, bins)
+        )  # (B, S − 1)
+        logits = self.value(states.features[:, :-1])  # (B, S − 1, bins)
         weight = 1.0 - batch.is_last[:, :-1].to(logits.dtype)
         return weight * two_hot_loss(logits, [returns, slow_value[:, :-1]], self.bins)
 
@@ -183,6 +262,32 @@ class ActorCritic(nn.Module):
         now = th.stack([percentile(ordered, level) for level in (config.percentile_low, config.percentile_high)])  # (2,)
         return self.percentiles.lerp(now, config.percentile_rate)
 
+    def _updated_ent_coef_rise(self, entropy: Tensor, target: float | None) -> Tensor:
+        """The coefficient rises while the entropy is below its target, and sinks again, but never below where it started.
+
+        One that may sink first comes too late: with gradients through the dynamics the entropy falls within hundreds of
+        updates.
+
+        :param entropy: of the policy along the rollouts, (H, N)
+        :param target: in nats; None: the coefficient stays
+        :return: scalar
+        """
+        if target is None:
+            return self.ent_coef_rise
+        shortfall = (target - entropy.mean()).clamp(-1.0, 1.0)
+        return (self.ent_coef_rise + ENT_COEF_RATE * shortfall).clamp_min(0.0)
+
+    @th.no_grad()
+    def keep(self, running: Running, fault: Tensor) -> None:
+        """Remember what :meth:`loss` gave, unless the update failed.
+
+        :param running: of this update
+        :param fault: bool scalar, whether it failed
+        """
+        for name, value in running._asdict().items():
+            buffer = getattr(self, name)
+            buffer.copy_(th.where(fault, buffer, value))
+
     @th.no_grad()
     def update_slow_value(self, share: Tensor | float = 1.0) -> None:
         """Moving average of the value's parameters; call it after the optimiser step.
@@ -193,6 +298,25 @@ class ActorCritic(nn.Module):
         steps = list(th._foreach_sub(list(self.value.parameters()), slow))
         th._foreach_mul_(steps, self.config.slow_value_rate * share)
         th._foreach_add_(slow, steps)
+
+
+@contextmanager
+def gradient_of_inputs(*modules: nn.Module) -> Iterator[None]:
+    """Within, the nets pass gradients on to their inputs and get none themselves."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        with th.enable_grad():
+            yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _complete_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Files of before the entropy had a target have no coefficient that rose."""
+    state.setdefault(f"{prefix}ent_coef_rise", th.zeros(()))
 
 
 def percentile(ordered: Tensor, level: float) -> Tensor:

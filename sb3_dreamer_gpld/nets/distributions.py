@@ -162,7 +162,11 @@ class BoundedNormal:
         :param noise: (N, A)
         :return: actions without gradient, (N, A)
         """
-        mean, std = self.parameters(outputs.detach())
+        return self.sample_with_gradient(outputs.detach(), noise)
+
+    def sample_with_gradient(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """As :meth:`sample`, reparametrised: with the gradient of mean and standard deviation."""
+        mean, std = self.parameters(outputs)
         return mean + std * noise
 
     def mode(self, outputs: Tensor) -> Tensor:

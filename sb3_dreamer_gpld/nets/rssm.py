@@ -37,6 +37,10 @@ class States(NamedTuple):
     stoch: Tensor
     logits: Tensor
 
+    def last(self, steps: int) -> States:
+        """The last steps, (B, steps, ...)."""
+        return States(*(x[:, -steps:] for x in self))
+
     @property
     def features(self) -> Tensor:
         """Input of the heads, [deter, stoch], (B, T, D + C·K)."""
@@ -173,11 +177,10 @@ class RSSM(nn.Module):
         weights = self._core_weights()._replace(posterior=([deter_weight.T], *([layer.weight.T] for layer in others)))
         return added.each(partial(Unrolled, together=STEPS_TOGETHER), weights)
 
-    @th.no_grad()
     def imagine(
         self, deter: Tensor, stoch: Tensor, act: Callable[[Tensor, int], Tensor], noise: Tensor | None, horizon: int
     ) -> list[Tensor]:
-        """Rollouts of the prior, without gradient.
+        """Rollouts of the prior. Where gradients are on, those of actions go on through straight-through samples.
 
         :param deter: start, (N, D)
         :param stoch: start, (N, C, K)

@@ -52,6 +52,11 @@ class Batch(NamedTuple):
     deter: Tensor
     stoch: Tensor
 
+    def last(self, steps: int) -> Batch:
+        """The last steps of what is along the sequences, (B, steps, ...); the recurrent state stays that before the first."""
+        observations = {name: x[:, -steps:] for name, x in self.observations.items()}
+        return Batch(observations, *(x[:, -steps:] for x in self[1:6]), self.deter, self.stoch)
+
 
 class WorldModelDraws(NamedTuple):
     """Every random number of the world model's losses.
