@@ -139,7 +139,7 @@ class ActorCritic(nn.Module):
             remembered after this batch, which the caller keeps if the update succeeds
         """
         starts = batch.rewards.shape[1] if objective.starts is None else objective.starts
-        batch, states = batch.last(starts), states.last(starts)
+        batch, states = batch.steps(slice(-starts, None)), states.last(starts)
         size = batch.rewards.shape  # B, S
         rollouts = self._imagine(world_model, states, draws, objective)
         reward, cont, value, slow_value = rollouts.reward, rollouts.cont, rollouts.value, rollouts.slow_value

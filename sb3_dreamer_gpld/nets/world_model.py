@@ -52,10 +52,32 @@ class Batch(NamedTuple):
     deter: Tensor
     stoch: Tensor
 
-    def last(self, steps: int) -> Batch:
-        """The last steps of what is along the sequences, (B, steps, ...); the recurrent state stays that before the first."""
-        observations = {name: x[:, -steps:] for name, x in self.observations.items()}
-        return Batch(observations, *(x[:, -steps:] for x in self[1:6]), self.deter, self.stoch)
+    def steps(self, steps: slice | Tensor) -> Batch:
+        """:return: some steps of each sequence, with the state before the first of all"""
+        return Batch(
+            {key: x[:, steps] for key, x in self.observations.items()},
+            self.actions[:, steps],
+            self.rewards[:, steps],
+            self.is_first[:, steps],
+            self.is_last[:, steps],
+            self.is_terminal[:, steps],
+            self.deter,
+            self.stoch,
+        )
+
+    def select(self, sequences: slice | Tensor) -> Batch:
+        """:return: some of the sequences"""
+        observations, *others = self
+        return Batch({key: x[sequences] for key, x in observations.items()}, *(x[sequences] for x in others))
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """:return: the sequences of batches with equal steps, one after the other"""
+        observations, *others = zip(*batches, strict=True)
+        return cls(
+            {key: th.cat([part[key] for part in observations]) for key in observations[0]},
+            *(th.cat(parts) for parts in others),
+        )
 
 
 class WorldModelDraws(NamedTuple):
