@@ -423,3 +423,67 @@ class ActionSpec:
         if isinstance(space, spaces.MultiBinary):
             return cls(space.shape, (2,) * math.prod(space.shape))
         raise ValueError(f"the action space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary")
+
+
+ACTOR_GRADIENTS = ("reinforce", "dynamics", "auto")
+DEFAULT_ENT_COEF = 3e-4
+# The standard deviation of each number of a Box that the target entropy "auto" stands for
+AUTO_TARGET_STD = 0.242
+
+
+def dynamics_share(actor_gradient: float | str, actions: ActionSpec) -> float:
+    """Share of the actor's gradient that comes through the imagined dynamics; REINFORCE has the rest.
+
+    :param actor_gradient: "reinforce", "dynamics", a share in [0, 1], or "auto": dynamics for a Box, else REINFORCE, as in the
+        authors' release of 2023
+    :param actions: what actions look like
+    :raises ValueError: another name, a share outside [0, 1], or dynamics for actions that are no Box
+    """
+    if isinstance(actor_gradient, str):
+        if actor_gradient not in ACTOR_GRADIENTS:
+            raise ValueError(unknown_name("actor_gradient", actor_gradient, (*ACTOR_GRADIENTS, "a share in [0, 1]")))
+        continuous = actions.nvec is None
+        share = {"reinforce": 0.0, "dynamics": 1.0, "auto": float(continuous)}[actor_gradient]
+    else:
+        check_range("actor_gradient (a share, or 'reinforce', 'dynamics', 'auto')", actor_gradient, 0.0, 1.0)
+        share = float(actor_gradient)
+    if share and actions.nvec is not None:
+        raise ValueError(
+            f"actor_gradient={actor_gradient!r} needs actions in a Box, since samples of other spaces have no gradient; "
+            "allowed for this action space: 'reinforce', 'auto' or 0"
+        )
+    return share
+
+
+def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: ActionSpec) -> tuple[float, float | None]:
+    """Smallest coefficient of the policy's entropy, and the entropy below which it rises.
+
+    :param ent_coef: the coefficient; or "auto" or "auto_0.001", where it starts
+    :param target_entropy: in nats; or "auto": for a Box that of a normal with a standard deviation of
+        :data:`AUTO_TARGET_STD` for each number, for other actions 0, which entropies never fall below
+    :param actions: what actions look like
+    :return: the coefficient, and the target in nats, None if the coefficient is fixed
+    :raises ValueError: a value is not allowed
+    """
+    if target_entropy != "auto":
+        if isinstance(target_entropy, str):
+            raise ValueError(f"target_entropy must be 'auto' or a number of nats, not {target_entropy!r}")
+        check_range("target_entropy (or 'auto')", target_entropy, -math.inf, math.inf)
+    if not isinstance(ent_coef, str):
+        check_range("ent_coef (or 'auto', 'auto_0.001')", ent_coef, 0.0, math.inf)
+        return float(ent_coef), None
+    start = DEFAULT_ENT_COEF
+    if ent_coef != "auto":
+        try:
+            start = float(ent_coef.removeprefix("auto_"))
+        except ValueError:
+            start = -1.0
+        if not ent_coef.startswith("auto_") or not 0.0 < start < math.inf:
+            raise ValueError(
+                f"ent_coef must be a number of at least 0, 'auto', or 'auto_' and a positive number to start from "
+                f"('auto_0.001'), not {ent_coef!r}"
+            )
+    if target_entropy != "auto":
+        return start, float(target_entropy)
+    per_number = 0.5 * math.log(2 * math.pi * math.e) + math.log(AUTO_TARGET_STD)
+    return start, per_number * actions.size if actions.nvec is None else 0.0

@@ -20,14 +20,14 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import FloatSchedule
 from torch import Tensor
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
-from sb3_dreamer_gpld.config import PenaltyConfig, check_int, check_range
+from sb3_dreamer_gpld.config import ActionSpec, PenaltyConfig, check_int, check_range, dynamics_share, entropy_target
 from sb3_dreamer_gpld.envs import blamed_environment, lost_processes
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
-from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws
+from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
 from sb3_dreamer_gpld.nets.gpld import penalty_weight
 from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModelDraws
@@ -53,7 +53,7 @@ class Loss(NamedTuple):
     :param weights: weight of every loss by name
     :param states: posterior states of the batch
     :param metrics: further scalars to log
-    :param percentiles: running return percentiles after this batch, (2,)
+    :param running: what actor and critic remember after this batch
     """
 
     total: Tensor
@@ -61,7 +61,7 @@ class Loss(NamedTuple):
     weights: dict[str, float]
     states: States
     metrics: dict[str, Tensor]
-    percentiles: Tensor
+    running: Running
 
 
 class DreamerGPLD(OffPolicyAlgorithm):
@@ -97,7 +97,17 @@ class DreamerGPLD(OffPolicyAlgorithm):
         paper's batch of 16×64 and keeps small batches cheap
     :param imagination_horizon: imagined steps, H
     :param return_lambda: λ of the returns
-    :param ent_coef: weight of the policy's entropy
+    :param ent_coef: weight of the policy's entropy; "auto" or "auto_0.001" (where it starts): it rises while the entropy is
+        below ``target_entropy``, and never sinks below its start
+    :param target_entropy: nats, used if ``ent_coef`` is "auto"; "auto": for a Box a standard deviation of 0.242 per
+        number, for other actions 0
+    :param actor_gradient: "reinforce" (Nature 2025); "dynamics": through the imagined dynamics (Hafner et al., "Dream to
+        Control", ICLR 2020, and the authors' release of 2023), for actions in a Box; a share of it in [0, 1]; or "auto":
+        "dynamics" for a Box, else "reinforce", as that release does
+    :param actor_learning_rate: learning rate of the policy's net, or a function of the remaining progress; None:
+        ``learning_rate``. It is warmed up with the other
+    :param imagination_starts: rollouts start from that many of the last states of each sequence (the authors' ``imag_last``);
+        None: from all
     :param learning_rate_warmup: updates over which the learning rate rises linearly from 0
     :param posterior_penalty: λ₀ of the penalty on the posterior; 0: none
     :param prior_penalty: λ₀ of the penalty on the prior; 0: none
@@ -148,7 +158,11 @@ class DreamerGPLD(OffPolicyAlgorithm):
         train_ratio: float | None = None,
         imagination_horizon: int = 15,
         return_lambda: float = 0.95,
-        ent_coef: float = 3e-4,
+        ent_coef: float | str = 3e-4,
+        target_entropy: float | str = "auto",
+        actor_gradient: float | str = "reinforce",
+        actor_learning_rate: float | Schedule | None = None,
+        imagination_starts: int | None = None,
         learning_rate_warmup: int = 1000,
         posterior_penalty: float = 0.5,
         prior_penalty: float = 0.0,
@@ -192,6 +206,10 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.imagination_horizon = imagination_horizon
         self.return_lambda = return_lambda
         self.ent_coef = ent_coef
+        self.target_entropy = target_entropy
+        self.actor_gradient = actor_gradient
+        self.actor_learning_rate = actor_learning_rate
+        self.imagination_starts = imagination_starts
         self.learning_rate_warmup = learning_rate_warmup
         self.posterior_penalty = posterior_penalty
         self.prior_penalty = prior_penalty
@@ -226,12 +244,13 @@ class DreamerGPLD(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_arguments()
         self._setup_lr_schedule()
+        own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
             self.lr_schedule,
-            **{"model_size": self.model_size, **self.policy_kwargs},
+            **{"model_size": self.model_size, **own_rate, **self.policy_kwargs},
         )
         self.policy = self.policy.to(self.device)
         rows = self.policy.config.stoch
@@ -286,7 +305,17 @@ class DreamerGPLD(OffPolicyAlgorithm):
         check_range("train_ratio", self.train_ratio, 0.0, float("inf"))
         check_range("gamma", self.gamma, 0.0, 1.0)
         check_range("return_lambda", self.return_lambda, 0.0, 1.0)
-        check_range("ent_coef", self.ent_coef, 0.0, float("inf"))
+        if self.imagination_starts is not None:
+            check_int("imagination_starts (or None)", self.imagination_starts, 1)
+            if self.imagination_starts > self.batch_length:
+                raise ValueError(
+                    f"imagination_starts must be at most batch_length={self.batch_length}, not {self.imagination_starts}"
+                )
+        if self.actor_learning_rate is not None and not callable(self.actor_learning_rate):
+            check_range("actor_learning_rate (or None, or a function)", self.actor_learning_rate, 0.0, float("inf"))
+        actions = ActionSpec.from_space(self.action_space)
+        dynamics_share(self.actor_gradient, actions)
+        entropy_target(self.ent_coef, self.target_entropy, actions)
         check_range("penalty_start", self.penalty_start, 0.0, float("inf"))
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {self.precision!r}")
@@ -308,6 +337,19 @@ class DreamerGPLD(OffPolicyAlgorithm):
             minimum=self.penalty_min,
             start=self._penalty_update,
         )
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        rates = [self.learning_rate] if self.actor_learning_rate is None else [self.learning_rate, self.actor_learning_rate]
+        self._lr_schedules = [FloatSchedule(rate) for rate in rates]  # of the optimiser's groups
+
+    @property
+    def objective(self) -> Objective:
+        """What actor and critic are trained for."""
+        actions = self.policy.action_spec
+        ent_coef, target_entropy = entropy_target(self.ent_coef, self.target_entropy, actions)
+        share = dynamics_share(self.actor_gradient, actions)
+        return Objective(self.gamma, self.return_lambda, ent_coef, target_entropy, share, self.imagination_starts)
 
     # ----------------------------------------------------------------------------------------- collecting
 
@@ -540,11 +582,12 @@ class DreamerGPLD(OffPolicyAlgorithm):
             states = self.update(
                 batch,
                 world_model.draw(sequences, steps, self.penalty),
-                actor_critic.draw(sequences * steps, self.imagination_horizon),
+                actor_critic.draw(sequences * min(steps, self.imagination_starts or steps), self.imagination_horizon),
             )
             self.replay_buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
         self._raise_faults()
-        self.logger.record("train/learning_rate", self.policy.optimizer.param_groups[0]["lr"])
+        for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
+            self.logger.record(f"train/{name}", group["lr"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def update(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> States:
@@ -557,7 +600,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         :return: posterior states of the batch without gradient, with which the stored ones are refreshed
         """
         warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
-        update_learning_rate(self.policy.optimizer, warmup * self.lr_schedule(self._current_progress_remaining))
+        for group, schedule in zip(self.policy.optimizer.param_groups, self._lr_schedules, strict=True):
+            group["lr"] = warmup * schedule(self._current_progress_remaining)
         dtype = resolve_precision(self.precision, self.device)
         with th.autocast(self.device.type, dtype, enabled=dtype != th.float32):
             result = self.loss(batch, world_draws, imagination_draws)
@@ -574,8 +618,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             self.policy.optimizer.found_inf = fault.float()
         self.policy.optimizer.step()
         self.policy.actor_critic.update_slow_value(1.0 - fault.float())
-        percentiles = self.policy.actor_critic.percentiles
-        percentiles.copy_(th.where(fault, percentiles, result.percentiles))
+        self.policy.actor_critic.keep(result.running, fault)
         self._faults.append((self._n_updates, tuple(means), faults))
         self._n_updates += 1
         self._collect_metrics(result, means, grad_norm)
@@ -585,13 +628,11 @@ class DreamerGPLD(OffPolicyAlgorithm):
         """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
         world_model, actor_critic, penalty = self.policy.world_model, self.policy.actor_critic, self.penalty
         losses, states = world_model.loss(batch, world_draws, penalty, self.gamma)
-        more, metrics, percentiles = actor_critic.loss(
-            world_model, batch, states, imagination_draws, self.gamma, self.return_lambda, self.ent_coef
-        )
+        more, metrics, running = actor_critic.loss(world_model, batch, states, imagination_draws, self.objective)
         losses.update(more)
         weights = {name: self._loss_weight(name, penalty) for name in losses}
         total = sum((weights[name] * mean(loss) for name, loss in losses.items()), th.zeros((), device=self.device))
-        return Loss(total, losses, weights, states, metrics, percentiles)
+        return Loss(total, losses, weights, states, metrics, running)
 
     def _loss_weight(self, name: str, penalty: PenaltyConfig) -> float:
         if name.endswith("_penalty"):
@@ -697,9 +738,19 @@ class DreamerGPLD(OffPolicyAlgorithm):
         """Load parameters, as in SB3.
 
         :raises RuntimeError: they belong to nets of another size or other spaces; names the first tensors that differ
+        :raises ValueError: the actor had a learning rate of its own there and has none here, or the other way round
         """
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
+        except ValueError as error:
+            if "parameter groups" not in str(error):
+                raise
+            given = "None" if self.actor_learning_rate is None else "given"
+            raise ValueError(
+                f"The optimiser of this file has other groups than this model's, whose actor_learning_rate is {given}. "
+                "Allowed: the same choice, None or a learning rate, as when the file was saved; or take single modules by "
+                "load_modules"
+            ) from error
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
@@ -760,7 +811,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.replay_buffer = loaded
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_state", "_metric_sums", "_metric_count", "_faults", "_update_seconds", "_logged_at"]
+        own = ["_state", "_lr_schedules", "_metric_sums", "_metric_count", "_faults", "_update_seconds", "_logged_at"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

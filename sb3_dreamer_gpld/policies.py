@@ -56,6 +56,7 @@ class DreamerPolicy(BasePolicy):
         the image encoder only)
     :param optimizer_class: optimiser
     :param optimizer_kwargs: its arguments, without the learning rate
+    :param actor_group: the optimiser has the policy's net in a group of its own, the second, for a learning rate of its own
     :param sizes: fields of :class:`~sb3_dreamer_gpld.config.ModelConfig`
     :raises ValueError: a space, size or value that is not allowed
     :raises TypeError: an argument that does not exist
@@ -76,6 +77,7 @@ class DreamerPolicy(BasePolicy):
         features_extractor_kwargs: dict[str, Any] | None = None,
         optimizer_class: type[th.optim.Optimizer] = LaProp,
         optimizer_kwargs: dict[str, Any] | None = None,
+        actor_group: bool = False,
         **sizes: Any,
     ) -> None:
         super().__init__(
@@ -94,7 +96,12 @@ class DreamerPolicy(BasePolicy):
         self.world_model = self.world_model_class(self.observation_spec, self.action_spec.size, self.config)
         self.actor_critic = self.actor_critic_class(self.action_spec, self.config)
         trainable = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = optimizer_class(trainable, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        groups = [{"params": trainable}]
+        if actor_group:
+            actor = list(self.actor_critic.policy.parameters())
+            others = [p for p in trainable if not any(p is its_own for its_own in actor)]
+            groups = [{"params": others}, {"params": actor}]
+        self.optimizer = optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _make_config(self) -> ModelConfig:
         images = bool(self.observation_spec.images)

@@ -458,3 +458,87 @@ def test_no_warning_in_a_plain_run() -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         tiny(RandomSpaces(BOX, BOX)).learn(60)
+
+
+# ------------------------------------------------------------------------------------------------- the actor's objective
+
+
+def rates(trained: DreamerGPLD) -> list[float]:
+    return [group["lr"] for group in trained.policy.optimizer.param_groups]
+
+
+def test_actor_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    """Warmed up with the other, by its own schedule, saved and loaded."""
+    own = dict(learning_rate=1e-3, actor_learning_rate=lambda left: 1e-4 * left, learning_rate_warmup=4)
+    trained = tiny("Pendulum-v1", **own)
+    before = {name: p.clone() for name, p in trained.policy.named_parameters()}
+    trained.learn(40)  # one update, with a rate of 0
+    assert trained._n_updates == 1 and rates(trained) == [0.0, 0.0]
+    trained.learn(24, reset_num_timesteps=False)
+    assert trained._n_updates == 4
+    left = trained._current_progress_remaining
+    assert rates(trained) == pytest.approx([0.75e-3, 0.75e-4 * left])
+    assert trained.logger.name_to_value["train/actor_learning_rate"] == rates(trained)[1]
+    changed = {name for name, p in trained.policy.named_parameters() if not th.equal(p, before[name])}
+    assert any(name.startswith("actor_critic.policy") for name in changed)
+    trained.save(tmp_path / "model")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=trained.env, device="cpu")
+    assert rates(loaded) == rates(trained)
+    actor = {id(p) for p in loaded.policy.actor_critic.policy.parameters()}
+    others, own_group = loaded.policy.optimizer.param_groups
+    assert {id(p) for p in own_group["params"]} == actor and not actor & {id(p) for p in others["params"]}
+    loaded.learn(80, reset_num_timesteps=False)
+
+
+def test_actor_without_a_learning_rate_stays() -> None:
+    trained = tiny("Pendulum-v1", actor_learning_rate=0.0, learning_rate=1e-3, learning_rate_warmup=0)
+    before = {name: p.clone() for name, p in trained.policy.named_parameters() if p.requires_grad}
+    trained.learn(80)
+    same = {name for name, p in trained.policy.named_parameters() if p.requires_grad and th.equal(p, before[name])}
+    assert same == {name for name in before if name.startswith("actor_critic.policy")}
+
+
+def test_optimizer_of_another_choice_is_refused(tmp_path: Path) -> None:
+    tiny("Pendulum-v1", actor_learning_rate=1e-4).save(tmp_path / "model")
+    with pytest.raises(ValueError, match="actor_learning_rate is None. Allowed: the same choice"):
+        DreamerGPLD.load(tmp_path / "model", actor_learning_rate=None)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_trains_with_the_actors_options(compile: bool) -> None:
+    options = dict(
+        actor_gradient="dynamics",
+        ent_coef="auto",
+        target_entropy=3.0,
+        imagination_starts=2,
+        actor_learning_rate=3e-5,
+        compile=compile,
+    )
+    trained = tiny("Pendulum-v1", learning_rate_warmup=0, **options).learn(60)
+    assert 0 < trained.policy.actor_critic.ent_coef_rise.item() <= 0.01 * trained._n_updates
+    assert trained.logger is not None and np.isfinite(list(trained.predict(np.zeros(3, np.float32))[0])).all()
+    tiny("CartPole-v1", actor_gradient="auto", ent_coef="auto", imagination_starts=2).learn(40)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(actor_gradient="backprop"), "actor_gradient 'backprop'"),
+        (dict(actor_gradient=2.0), "actor_gradient"),
+        (dict(imagination_starts=0), "imagination_starts"),
+        (dict(imagination_starts=9), "imagination_starts must be at most batch_length=8, not 9"),
+        (dict(imagination_starts=1.5), "imagination_starts"),
+        (dict(ent_coef="aut"), "ent_coef"),
+        (dict(target_entropy="none"), "target_entropy"),
+        (dict(actor_learning_rate=-1e-4), "actor_learning_rate"),
+        (dict(actor_learning_rate="fast"), "actor_learning_rate"),
+    ],
+)
+def test_wrong_objectives_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny("Pendulum-v1", **wrong)
+
+
+def test_gradients_through_the_dynamics_need_a_box() -> None:
+    with pytest.raises(ValueError, match="needs actions in a Box"):
+        tiny("CartPole-v1", actor_gradient="dynamics")

@@ -26,8 +26,6 @@ from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 
 CHUNK_ROWS = 1024  # states whose predictions are computed together
 ENT_COEF_RATE = 0.01  # largest change of the logarithm of the entropy's coefficient in an update
-# The standard deviation of each number of a Box that the target entropy "auto" stands for (docs/learning.md)
-AUTO_TARGET_STD = 0.242
 
 
 class ImaginationDraws(NamedTuple):
@@ -188,8 +186,11 @@ class ActorCritic(nn.Module):
             # The graph of these outputs is what the policy loss needs, so they are not computed again.
             with th.enable_grad():
                 outputs.append(self.policy_outputs(features.detach()))
-            sample = self.distribution.sample_with_gradient if differentiable else self.distribution.sample
-            actions.append(sample(outputs[-1], draws.action[step]))
+            if differentiable:
+                assert isinstance(self.distribution, BoundedNormal)
+                actions.append(self.distribution.sample_with_gradient(outputs[-1], draws.action[step]))
+            else:
+                actions.append(self.distribution.sample(outputs[-1], draws.action[step]))
             return actions[-1]
 
         start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
