@@ -189,7 +189,7 @@ class ModelConfig:
 # Entries of policy_kwargs that are not fields of ModelConfig.
 POLICY_ARGUMENTS = ("net_arch", "normalize_images", "features_extractor_kwargs", "optimizer_class", "optimizer_kwargs")
 
-# Schedules of λ with the defaults of their parameters (steps are optimiser updates); see gpld.penalty_weight.
+# Schedules of λ with the defaults of their parameters (steps are optimiser updates); see nets/gpld.py, penalty_weight.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "none": {},
     "linear": {"decay_steps": 100_000},

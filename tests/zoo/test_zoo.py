@@ -3,7 +3,9 @@
 import inspect
 import json
 import os
+import pkgutil
 import re
+import runpy
 import socket
 import sys
 from collections.abc import Iterator
@@ -271,6 +273,17 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert zoo.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in zoo.COMMANDS)
+
+
+def test_ways_to_start_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``python -m sb3_dreamer_gpld.zoo``, and what the console command calls."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (command,) = re.findall(r'^dreamer-gpld = "(.*)"$', project, re.MULTILINE)
+    assert pkgutil.resolve_name(command) is zoo.main
+    monkeypatch.setattr(sys, "argv", ["zoo", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("sb3_dreamer_gpld.zoo", run_name="__main__")
+    assert end.value.code == 0 and "usage: dreamer-gpld" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
