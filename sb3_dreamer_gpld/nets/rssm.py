@@ -8,8 +8,9 @@ Source: Hafner et al., Nature 2025 (Methods, "World model learning") and the aut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.nets.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
 from sb3_dreamer_gpld.nets.layers import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
-from sb3_dreamer_gpld.nets.unrolled import Affine, Unrolled, as_computed
+from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled, as_computed
 
 # Steps of observe that are compiled as one function: more of them cost less to call, and take longer to compile.
 STEPS_TOGETHER = 4
@@ -40,6 +41,30 @@ class States(NamedTuple):
     def features(self) -> Tensor:
         """Input of the heads, [deter, stoch], (B, T, D + C·K)."""
         return th.cat([self.deter, self.stoch.flatten(-2)], -1)
+
+
+class Products(NamedTuple):
+    """One thing for each matrix product of a step: its weights, what is added, the product itself, or its inputs.
+
+    Whatever is made of a product has its name, so that no code depends on the products' order.
+
+    :param deter_in, stoch_in: the hidden vectors of deter and stoch
+    :param core: the core's pre-activation, of the hidden vectors and of each block's own part of deter
+    :param gates: reset, candidate and update
+    :param posterior: the layers of the posterior net and its last linear; only :meth:`RSSM.observe` has them one by one
+    """
+
+    deter_in: Any
+    stoch_in: Any
+    core: Any
+    gates: Any
+    posterior: tuple[Any, ...] = ()
+
+    def each(self, function: Callable[..., Any], *others: Products) -> Products:
+        """The function's result for each product, of the thing here and those in the others."""
+        *single, posterior = zip(self, *others, strict=True)
+        layers = tuple(function(*things) for things in zip(*posterior, strict=True))
+        return Products._make([*(function(*things) for things in single), layers])
 
 
 class RSSM(nn.Module):
@@ -97,17 +122,16 @@ class RSSM(nn.Module):
         stoch = stoch.flatten(1)  # (B, C·K)
         parts = []
         for i, kept in enumerate(keep.split(STEPS_TOGETHER, 1)):
-            at_steps = [product.at(i) for product in products]
+            at_steps = products.each(lambda product, i=i: product.at(i))
             deter, stoch, states, inputs = self._posterior_steps(deter, stoch, kept, draws and draws[i], at_steps)
-            for product, its_inputs in zip(products, inputs, strict=True):
-                product.note(its_inputs)
+            products.each(Unrolled.note, inputs)
             parts.append(states)
         return States(*(th.cat(part, 1) for part in zip(*parts, strict=True)))
 
     def step(
         self, tokens: Tensor, action: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor | None
     ) -> States:
-        """One step of :meth:`observe`, for acting: without what makes many steps cheap, and samples have no gradient.
+        """One step of :meth:`observe`, for acting: without what makes many steps cheap.
 
         :param tokens: (N, E)
         :param action: before the observation, (N, A)
@@ -118,12 +142,14 @@ class RSSM(nn.Module):
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (N, 1)
         products = self._core_products(action * keep, self._core_weights())
-        deter, _ = self._core(deter * keep, stoch * keep, products)  # (N, D)
-        logits = self._rows(self.posterior(th.cat([deter, tokens], -1)))  # (N, C, K)
-        return States(deter, self._sample(self.probabilities(logits), noise), logits)
 
-    def _unrolled_products(self, tokens: Tensor, actions: Tensor) -> list[Unrolled]:
-        """The products of :meth:`_posterior_step` along sequences: those of :meth:`_core`, then the posterior's layers.
+        def logits_of(deter: Tensor) -> Tensor:
+            return self._rows(self.posterior(th.cat([deter, tokens], -1)))  # (N, C, K)
+
+        return self._next(deter * keep, stoch * keep, noise, products, logits_of)
+
+    def _unrolled_products(self, tokens: Tensor, actions: Tensor) -> Products:
+        """The products of :meth:`_posterior_steps` along sequences, each an :class:`Unrolled`.
 
         Whatever does not depend on the state is computed for all steps at once and added.
 
@@ -132,17 +158,20 @@ class RSSM(nn.Module):
         """
         steps = tokens.shape[1::-1]  # T, B
         blocks = (steps[0], self.config.blocks, steps[1])  # T, G, B
-        deter_in, stoch_in, gates = self._core_biases()
-        action_parts = self._action_part(actions).movedim(2, 0)  # (T, G, B, D/G)
-        added = [deter_in.expand(*steps, -1), stoch_in.expand(*steps, -1), action_parts, gates.expand(*blocks, -1)]
-
         first, *others = [layer.linear for layer in self.posterior.layers] + [self.posterior.output.parts[0]]
         deter_weight, token_weight = first.weight.split([self.config.deter, tokens.shape[-1]], -1)
-        added.append(F.linear(tokens.transpose(0, 1), token_weight, first.bias))  # (T, B, h)
-        added.extend(layer.bias.expand(*steps, -1) for layer in others)
+        token_part = F.linear(tokens.transpose(0, 1), token_weight, first.bias)  # (T, B, h)
 
-        weights = self._core_weights() + [[deter_weight.T], *([layer.weight.T] for layer in others)]
-        return [Unrolled(*product, STEPS_TOGETHER) for product in zip(added, weights, strict=True)]
+        of_core = self._core_added(actions)
+        added = Products(
+            deter_in=of_core.deter_in.expand(*steps, -1),  # (T, B, h)
+            stoch_in=of_core.stoch_in.expand(*steps, -1),  # (T, B, h)
+            core=of_core.core.movedim(2, 0),  # (T, G, B, D/G)
+            gates=of_core.gates.expand(*blocks, -1),  # (T, G, B, 3·D/G)
+            posterior=(token_part, *(layer.bias.expand(*steps, -1) for layer in others)),
+        )
+        weights = self._core_weights()._replace(posterior=([deter_weight.T], *([layer.weight.T] for layer in others)))
+        return added.each(partial(Unrolled, together=STEPS_TOGETHER), weights)
 
     @th.no_grad()
     def imagine(
@@ -159,7 +188,7 @@ class RSSM(nn.Module):
         """
         stoch = stoch.flatten(1)  # (N, C·K)
         features = [th.cat([deter, stoch], -1)]
-        weights = [[as_computed(weight) for weight in its_weights] for its_weights in self._core_weights()]
+        weights = self._core_weights().each(lambda its_weights: [as_computed(weight) for weight in its_weights])
         for h in range(horizon):
             draws = None if noise is None else noise[h]
             deter, stoch = self._prior_step(deter, stoch, act(features[h], h), draws, weights)  # (N, D), (N, C·K)
@@ -167,8 +196,8 @@ class RSSM(nn.Module):
         return features
 
     def _posterior_steps(
-        self, deter: Tensor, stoch: Tensor, keep: Tensor, noise: Tensor | None, products: Sequence[Affine]
-    ) -> tuple[Tensor, Tensor, States, list[list[Tensor]]]:
+        self, deter: Tensor, stoch: Tensor, keep: Tensor, noise: Tensor | None, products: Products
+    ) -> tuple[Tensor, Tensor, States, Products]:
         """A few steps of :meth:`observe`, which are compiled together.
 
         :param deter, stoch: before the first of the t steps, (B, D), (B, C·K)
@@ -177,60 +206,59 @@ class RSSM(nn.Module):
         :param products: see :meth:`_unrolled_products`, with what is added at each of the steps
         :return: deter (B, D) and stoch (B, C·K) after the last step; the states; the inputs of the products at all steps
         """
-        added = [product.added.unbind(0) for product in products]
-        steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        inputs: list[list[tuple[Tensor, ...]]] = []
+        running = products.each(Running)
+        logits_of = partial(self._posterior_logits, running)
+        steps: list[States] = []
         for t, kept in enumerate(keep.unbind(1)):
-            at_step = [Affine(its_added[t], product.weights) for its_added, product in zip(added, products, strict=True)]
             draws = None if noise is None else noise[:, t]
-            deter, sample, logits, its_inputs = self._posterior_step(deter * kept, stoch * kept, draws, at_step)
-            stoch = sample.flatten(1)  # (B, C·K)
-            steps.append((deter, sample, logits))
-            inputs.append(its_inputs)
+            steps.append(self._next(deter * kept, stoch * kept, draws, running, logits_of))
+            deter, stoch = steps[-1].deter, steps[-1].stoch.flatten(1)  # (B, D), (B, C·K)
         states = States(*(th.stack(parts, 1) for parts in zip(*steps, strict=True)))
-        # (t, N, inputs) each
-        stacked = [[th.stack(x).detach() for x in zip(*product, strict=True)] for product in zip(*inputs, strict=True)]
-        return deter, stoch, states, stacked
+        return deter, stoch, states, running.each(Running.inputs)
 
-    def _posterior_step(
-        self, deter: Tensor, stoch: Tensor, noise: Tensor | None, products: Sequence[Affine]
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
-        """One step of :meth:`observe`.
-
-        :param deter, stoch: (B, D), (B, C·K)
-        :param noise: (B, K), or None
-        :param products: of this step
-        :return: deter (B, D), stoch and posterior logits (B, C, K); the inputs of the products
-        """
-        deter, inputs = self._core(deter, stoch, products[:4])  # (B, D)
+    def _posterior_logits(self, products: Products, deter: Tensor) -> Tensor:
+        """The posterior net of deter (B, D), with the products of :meth:`_unrolled_products`, (B, C, K)."""
+        *layers, last = products.posterior
         x = deter
-        for layer, product in zip(self.posterior.layers, products[4:], strict=False):
-            inputs.append((x,))
+        for layer, product in zip(self.posterior.layers, layers, strict=True):
             x = layer.norm(product(x))  # (B, h)
-        inputs.append((x,))
-        logits = self._rows(products[-1](x))  # (B, C, K)
-        probs = self.probabilities(logits)
-        return deter, straight_through(self._sample(probs, noise), probs), logits, inputs
+        return self._rows(last(x))
 
     def _prior_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Sequence[Sequence[Tensor]]
+        self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Products
     ) -> tuple[Tensor, Tensor]:
         """One step of :meth:`imagine`: (N, D), (N, C·K), (N, A) → (N, D), (N, C·K)."""
-        deter, _ = self._core(deter, stoch, self._core_products(action, weights))  # (N, D)
-        probs = self.probabilities(self.prior_logits(deter))  # (N, C, K)
-        return deter, self._sample(probs, noise).flatten(1)
+        following = self._next(deter, stoch, noise, self._core_products(action, weights), self.prior_logits)
+        return following.deter, following.stoch.flatten(1)
 
-    @staticmethod
-    def _sample(probs: Tensor, noise: Tensor | None) -> Tensor:
-        """One-hot samples of probabilities (..., C, K), with uniform numbers (..., K), or the most probable classes."""
-        return mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)
+    def _next(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        noise: Tensor | None,
+        products: Products,
+        logits_of: Callable[[Tensor], Tensor],
+    ) -> States:
+        """One step of the recurrence, the same in acting, observing and imagining.
+
+        :param deter, stoch: before the step, (N, D), (N, C·K)
+        :param noise: uniform numbers, (N, K); None: the most probable classes
+        :param products: of :meth:`_core`, for this step
+        :param logits_of: gives the logits (N, C, K) of the posterior or the prior for the next deter (N, D)
+        :return: without the dimension of steps: (N, D), (N, C, K), (N, C, K)
+        """
+        deter = self._core(deter, stoch, products)  # (N, D)
+        logits = logits_of(deter)  # (N, C, K)
+        probs = self.probabilities(logits)  # (N, C, K)
+        sample = mode_one_hot(probs) if noise is None else sample_one_hot(probs, noise)  # (N, C, K)
+        return States(deter, straight_through(sample, probs), logits)
 
     def _rows(self, x: Tensor) -> Tensor:
         """(..., C·K) → (..., C, K)"""
         return at_least_float32(x).unflatten(-1, (self.config.classes, self.config.stoch))
 
-    def _core_weights(self) -> list[list[Tensor]]:
-        """Weights of the products of :meth:`_core`, in its order; the action's part is in :meth:`_action_part`.
+    def _core_weights(self) -> Products:
+        """Weights of the products of :meth:`_core`; the action's part is in :meth:`_action_part`.
 
         Every block of the core sees the same hidden vectors beside its own slice of deter.
 
@@ -238,18 +266,29 @@ class RSSM(nn.Module):
             (G, D/G, D/G); gates (G, D/G, 3·D/G)
         """
         own, hidden = self.config.deter // self.config.blocks, self.config.hidden
-        core = [self.core.weight[:, own : own + 2 * hidden], self.core.weight[:, :own]]
-        return [[self.deter_in.linear.weight.T], [self.stoch_in.linear.weight.T], core, [self.gates.weight]]
+        return Products(
+            deter_in=[self.deter_in.linear.weight.T],
+            stoch_in=[self.stoch_in.linear.weight.T],
+            core=[self.core.weight[:, own : own + 2 * hidden], self.core.weight[:, :own]],
+            gates=[self.gates.weight],
+        )
 
-    def _core_biases(self) -> tuple[Tensor, Tensor, Tensor]:
-        """:return: deter_in (h,), stoch_in (h,), gates (G, 1, 3·D/G); the core's is in :meth:`_action_part`"""
-        return self.deter_in.linear.bias, self.stoch_in.linear.bias, self.gates.block_bias
+    def _core_added(self, actions: Tensor) -> Products:
+        """What is added to the products of :meth:`_core` after actions (B, T, A).
 
-    def _core_products(self, action: Tensor, weights: Sequence[Sequence[Tensor]]) -> list[Affine]:
+        :return: deter_in (h,), stoch_in (h,), core (G, B, T, D/G), gates (G, 1, 3·D/G)
+        """
+        return Products(
+            deter_in=self.deter_in.linear.bias,
+            stoch_in=self.stoch_in.linear.bias,
+            core=self._action_part(actions),
+            gates=self.gates.block_bias,
+        )
+
+    def _core_products(self, action: Tensor, weights: Products) -> Products:
         """The products of one step of :meth:`_core` after an action (N, A), with :meth:`_core_weights`."""
-        deter_in, stoch_in, gates = self._core_biases()
-        action_part = self._action_part(action.unsqueeze(1)).squeeze(2)  # (G, N, D/G)
-        return [Affine(*product) for product in zip([deter_in, stoch_in, action_part, gates], weights, strict=True)]
+        added = self._core_added(action.unsqueeze(1))
+        return added._replace(core=added.core.squeeze(2)).each(Affine, weights)  # core: (G, N, D/G)
 
     def _action_part(self, actions: Tensor) -> Tensor:
         """What the actions (B, T, A) add to the core's pre-activation, its bias included, (G, B, T, D/G)."""
@@ -259,23 +298,21 @@ class RSSM(nn.Module):
         part = th.baddbmm(self.core.block_bias, x.expand(len(weight), -1, -1), weight)  # (G, B·T, D/G)
         return part.unflatten(1, actions.shape[:2])
 
-    def _core(self, deter: Tensor, stoch: Tensor, products: Sequence[Affine]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """One step of the recurrence.
+    def _core(self, deter: Tensor, stoch: Tensor, products: Products) -> Tensor:
+        """The recurrence without its samples, each product called once.
 
         :param deter: (N, D)
         :param stoch: (N, C·K)
-        :param products: deter_in, stoch_in, core and gates, with :meth:`_core_weights`
-        :return: next deter, (N, D), and the inputs of the products
+        :param products: deter_in, stoch_in, core and gates
+        :return: next deter, (N, D)
         """
         blocks = self.config.blocks
-        deter_in, stoch_in, core, gates = products
         own = deter.unflatten(-1, (blocks, -1)).transpose(0, 1)  # (G, N, D/G)
-        hidden = [self.deter_in.norm(deter_in(deter)), self.stoch_in.norm(stoch_in(stoch))]  # (N, h) each
-        shared = th.cat(hidden, -1)  # (N, 2h)
-        x = core(shared, own)  # (G, N, D/G)
+        hidden = [self.deter_in.norm(products.deter_in(deter)), self.stoch_in.norm(products.stoch_in(stoch))]  # (N, h) each
+        x = products.core(th.cat(hidden, -1), own)  # (G, N, D/G)
         x = rms_norm_silu(x, self.core_norm.weight.view(blocks, 1, -1), (0, 2))
-        reset, candidate, update = at_least_float32(gates(x)).chunk(3, -1)  # (G, N, D/G) each
+        reset, candidate, update = at_least_float32(products.gates(x)).chunk(3, -1)  # (G, N, D/G) each
         # tanh by way of the sigmoid, whose vectorised kernel is three times faster
         candidate = 2.0 * th.sigmoid(2.0 * th.sigmoid(reset) * candidate) - 1.0
         following = th.lerp(own, candidate, th.sigmoid(update - 1.0))  # (G, N, D/G)
-        return following.transpose(0, 1).flatten(1), [(deter,), (stoch,), (shared, own), (x,)]
+        return following.transpose(0, 1).flatten(1)

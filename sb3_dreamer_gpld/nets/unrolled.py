@@ -42,7 +42,7 @@ class Affine(NamedTuple):
 
 
 class Unrolled:
-    """One :class:`Affine` at each of T steps. The inputs of every step have to be handed to :meth:`note`, in their order.
+    """One :class:`Affine` at each of T steps. A :class:`Running` calls t of them, and :meth:`note` takes what it kept.
 
     :param added: of each step, for all rows: (T, N, outputs), or (T, G, N, outputs)
     :param weights: as in :class:`Affine`
@@ -62,13 +62,35 @@ class Unrolled:
         return Affine(self.added[part], self.weights)
 
     def note(self, inputs: Sequence[Tensor]) -> None:
-        """Keep the inputs (t, ...) of some steps, which the weights' gradients need.
+        """Keep the inputs of some steps, which the weights' gradients need.
 
-        Each is what the product of the same place was called with; otherwise the gradients are wrong.
+        :param inputs: :meth:`Running.inputs` of these steps, (t, ...) each
         """
         if th.is_grad_enabled():
             for all_inputs, x in zip(self.inputs, inputs, strict=True):
                 all_inputs.append(x.detach())
+
+
+class Running:
+    """The products of t steps, of which each call makes the next one and keeps what it was called with.
+
+    :param product: with what is added at each of the steps, (t, ...)
+    """
+
+    def __init__(self, product: Affine) -> None:
+        self.added = product.added.unbind(0)
+        self.weights = product.weights
+        self.called_with: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """As :class:`Affine`."""
+        at_step = Affine(self.added[len(self.called_with)], self.weights)
+        self.called_with.append(inputs)
+        return at_step(*inputs)
+
+    def inputs(self) -> list[Tensor]:
+        """What each input was at the steps, (t, ...) each, without gradient."""
+        return [th.stack(x).detach() for x in zip(*self.called_with, strict=True)]
 
 
 class _WeightGradient(th.autograd.Function):

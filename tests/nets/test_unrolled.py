@@ -7,8 +7,8 @@ import torch as th
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import ModelConfig
-from sb3_dreamer_gpld.nets.rssm import RSSM, STEPS_TOGETHER
-from sb3_dreamer_gpld.nets.unrolled import Affine, Unrolled
+from sb3_dreamer_gpld.nets.rssm import RSSM, STEPS_TOGETHER, Products
+from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled
 
 STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
 
@@ -37,16 +37,12 @@ def test_equals_plain_products(blocks: bool, together: int) -> None:
     def run(unrolled: bool) -> Tensor:
         product = Unrolled(added, weights, together)
         state = start
-        noted: list[tuple[Tensor, ...]] = []
-        for t in range(STEPS):
-            part, step = divmod(t, together)
-            inputs = (state, drive(state))
-            at_step = Affine(product.at(part).added[step], product.weights) if unrolled else Affine(added[t], weights)
-            noted.append(inputs)
-            if step == together - 1 or t == STEPS - 1:
-                product.note([th.stack(x) for x in zip(*noted, strict=True)])
-                noted = []
-            state = th.tanh(at_step(*inputs))
+        for part, its_added in enumerate(added.split(together)):
+            running = Running(product.at(part))
+            for at_step in its_added:
+                state = th.tanh((running if unrolled else Affine(at_step, weights))(state, drive(state)))
+            if unrolled:
+                product.note(running.inputs())
         return state
 
     leaves = [added, *weights, start]
@@ -65,9 +61,9 @@ def test_frozen_weights_get_no_gradient() -> None:
     inputs = (start, drive(start))
     total = th.zeros((), dtype=th.float64)
     for t in range(STEPS):
-        product.note([x.unsqueeze(0) for x in inputs])
-        at_step = product.at(t)
-        total = total + Affine(at_step.added[0], at_step.weights)(*inputs).sum()
+        running = Running(product.at(t))
+        total = total + running(*inputs).sum()
+        product.note(running.inputs())
     total.backward()
     assert weights[0].grad is None
     assert weights[1].grad is not None
@@ -79,8 +75,9 @@ def test_bfloat16_products_have_float32_gradients() -> None:
     x = th.randn(STEPS, ROWS, SIZE)
     with th.autocast("cpu", th.bfloat16):
         product = Unrolled(th.zeros(STEPS, ROWS, SIZE, requires_grad=True), [weight], together=STEPS)
-        outputs = [Affine(added, product.weights)(x[t]) for t, added in enumerate(product.at(0).added)]
-        product.note((x,))
+        running = Running(product.at(0))
+        outputs = [running(x[t]) for t in range(STEPS)]
+        product.note(running.inputs())
     assert outputs[0].dtype == th.bfloat16
     th.stack(outputs).float().square().sum().backward()
     assert weight.grad is not None and weight.grad.dtype == th.float32
@@ -93,6 +90,27 @@ def test_nothing_is_kept_without_gradient() -> None:
         product = Unrolled(th.zeros(STEPS, ROWS, SIZE), [th.zeros(SIZE, SIZE)], together=1)
         product.note((th.zeros(1, ROWS, SIZE),))
     assert product.inputs == [[]]
+
+
+def test_running_product_keeps_what_it_was_called_with() -> None:
+    th.manual_seed(0)
+    running = Running(Affine(th.randn(2, ROWS, SIZE), [th.randn(SIZE, SIZE), th.randn(OTHERS, SIZE)]))
+    calls = [(th.randn(ROWS, SIZE).requires_grad_(), th.randn(ROWS, OTHERS)) for _ in range(2)]
+    for t, inputs in enumerate(calls):
+        assert th.equal(running(*inputs), Affine(running.added[t], running.weights)(*inputs))
+    kept = running.inputs()
+    assert [x.requires_grad for x in kept] == [False, False]
+    assert all(th.equal(kept[i], th.stack([inputs[i] for inputs in calls])) for i in range(2))
+    with pytest.raises(IndexError):
+        running(*calls[0])  # a third step
+
+
+def test_what_is_made_of_products_has_their_names() -> None:
+    names = Products("deter_in", "stoch_in", "core", "gates", ("first", "last"))
+    reversed_names = Products(**{name: names._asdict()[name] for name in reversed(Products._fields)})
+    assert names.each(lambda a, b: (a, b), reversed_names) == names.each(lambda a: (a, a))
+    with pytest.raises(ValueError, match="zip"):
+        names.each(lambda a, b: a, names._replace(posterior=("first",)))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
