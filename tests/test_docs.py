@@ -164,20 +164,22 @@ def stop_at_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command line read its arguments, and look up the files and environments that they name."""
     pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld.zoo import environments
     from sb3_dreamer_gpld.zoo import main as zoo
+    from sb3_dreamer_gpld.zoo.arguments import CONFIGS
 
     stop_at_arguments(monkeypatch)
     monkeypatch.setattr(zoo, "_prepare_training", lambda args: args)
     monkeypatch.setattr(zoo, "_prepare_agent", lambda args, rendering: ([*args, "--algo", zoo.NAME, "-f", "logs"], Path()))
-    monkeypatch.setattr(zoo, "_has_display", lambda: True)
+    monkeypatch.setattr(zoo, "has_display", lambda: True)
     with pytest.raises(Parsed) as parsed:
         zoo.main(words)
     following = dict(zip(words, words[1:], strict=False))
     config, env = following.get("-conf"), following.get("--env")
-    assert config is None or (zoo.CONFIGS / config).is_file(), config
+    assert config is None or (CONFIGS / config).is_file(), config
     if env is not None and not getattr(parsed.value.args[0], "gym_packages", None):
-        zoo._register_dm_control()
-        assert env in gym.registry or not zoo._knows_dm_control(), env
+        environments.register_dm_control()
+        assert env in gym.registry or not environments.knows_dm_control(), env
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
