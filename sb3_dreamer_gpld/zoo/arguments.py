@@ -14,6 +14,7 @@ import gymnasium as gym
 from sb3_dreamer_gpld.zoo.check import read_yaml, unknown
 
 NAME = "dreamer_gpld"  # of the algorithm, for --algo
+DEFAULT_ENV = "CartPole-v1"  # Inside rl_zoo3: what its scripts take without --env
 # Beside this file in an installed package, at the top of a checkout
 CONFIGS = next(
     (folder for parent in Path(__file__).parents[1:3] if (folder := parent / "zoo_configs").is_dir()),
@@ -31,6 +32,7 @@ def parse(args: list[str], *names: str) -> argparse.Namespace:
 
     :param args: the command's arguments
     :param names: further options to read, by their name in the result
+    :return: the options, with ``env_given``: whether the environment was named
     """
     from rl_zoo3.utils import StoreDict
 
@@ -50,15 +52,26 @@ def parse(args: list[str], *names: str) -> argparse.Namespace:
     }
     parser = argparse.ArgumentParser(prog="dreamer-gpld", add_help=False)
     parser.add_argument("--algo")
-    parser.add_argument("--env", default="CartPole-v1")
+    parser.add_argument("--env")
     parser.add_argument("--gym-packages", nargs="+", default=[])
     for name in names:
         flags, settings = known[name]
         parser.add_argument(*flags, dest=name, **settings)
     try:
-        return parser.parse_known_args(args)[0]
+        options = parser.parse_known_args(args)[0]
     except Exception as error:  # whatever the values do: rl_zoo3 evaluates them
         fail(f"{error}. -params and --env-kwargs take name:value, the value in Python: train_ratio:64 model_size:\"'1m'\"")
+    options.env_given, options.env = options.env is not None, options.env or DEFAULT_ENV
+    return options
+
+
+def say_environment(options: argparse.Namespace) -> None:
+    """Print which environment is taken if none was named.
+
+    :param options: of :func:`parse`
+    """
+    if not options.env_given:
+        print(f"--env was not given, so the environment is {options.env}")
 
 
 def take(args: list[str], flag: str, **settings: Any) -> tuple[Any, list[str]]:

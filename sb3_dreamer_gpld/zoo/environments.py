@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import subprocess
 import sys
-import warnings
 
 import gymnasium as gym
 
+from sb3_dreamer_gpld.envs import register_dm_control
 from sb3_dreamer_gpld.zoo.arguments import fail
 from sb3_dreamer_gpld.zoo.check import DM_CONTROL, unknown
 
@@ -45,13 +44,6 @@ def import_packages(packages: list[str]) -> None:
             fail(f"--gym-packages {package}: {error}")
 
 
-def register_dm_control() -> None:
-    # Shimmy may be missing: other environments do not need it. GLFW warns where there is no display
-    with contextlib.suppress(ImportError), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="glfw")
-        import shimmy  # noqa: F401
-
-
 def prepare_environment(env_id: str, packages: list[str], rendering: bool) -> None:
     """Register the environment if need be.
 
@@ -69,12 +61,10 @@ def prepare_environment(env_id: str, packages: list[str], rendering: bool) -> No
                 "(libegl1 on Debian and Ubuntu), or set MUJOCO_GL to a backend that works"
             )
     if env_id not in gym.registry:
-        register_dm_control()
+        try:
+            register_dm_control()
+        except ImportError as error:  # other environments do not need them
+            if env_id.startswith(DM_CONTROL):
+                fail(str(error))
     if env_id not in gym.registry:
-        if env_id.startswith(DM_CONTROL) and not knows_dm_control():
-            fail('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"')
         fail(unknown("the environment", env_id, gym.registry) + " (those of other packages need --gym-packages)")
-
-
-def knows_dm_control() -> bool:
-    return f"{DM_CONTROL}walker-walk-v0" in gym.registry

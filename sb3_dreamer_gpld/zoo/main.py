@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from sb3_dreamer_gpld.envs import register_dm_control
 from sb3_dreamer_gpld.zoo.arguments import (
     NAME,
     asks_for_help,
@@ -25,10 +26,11 @@ from sb3_dreamer_gpld.zoo.arguments import (
     find_wrapper,
     given_arguments,
     parse,
+    say_environment,
     take,
 )
 from sb3_dreamer_gpld.zoo.check import DM_CONTROL, check_entry, check_file, unknown
-from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prepare_environment, register_dm_control
+from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prepare_environment
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
 
@@ -49,6 +51,7 @@ def _prepare_training(args: list[str]) -> list[str]:
     :raises SystemExit: the environment, a file or a hyperparameter is wrong
     """
     options = parse(args, "conf_file", "hyperparams", "trained_agent")
+    say_environment(options)
     prepare_environment(options.env, options.gym_packages, rendering=False)
     if options.trained_agent and not (options.trained_agent.endswith(".zip") and Path(options.trained_agent).is_file()):
         fail(f"-i {options.trained_agent}: this is not the .zip file of an agent")
@@ -84,6 +87,7 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
     from rl_zoo3.utils import get_model_path
 
     options = parse(args, "folder", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint", "env_kwargs")
+    say_environment(options)
     prepare_environment(options.env, options.gym_packages, rendering)
     algo, folder = options.algo or NAME, options.folder or "logs"
     try:
@@ -183,7 +187,8 @@ def _check(args: list[str]) -> int:
     options = parser.parse_args(args)
     register()
     import_packages(options.gym_packages)
-    register_dm_control()
+    with contextlib.suppress(ImportError):  # the file may be about other environments
+        register_dm_control()
     status = 0
     for file in map(find_config, options.files):
         problems = check_file(file)

@@ -1,8 +1,11 @@
 """The commands, through rl_zoo3."""
 
+import inspect
+import sys
 from pathlib import Path
 
 import pytest
+import rl_zoo3.train
 import yaml
 from entries import PLAIN, SMALL
 
@@ -44,6 +47,23 @@ def test_train_needs_an_entry_for_the_environment(folder: Path) -> None:
     (folder / "one.yml").write_text(yaml.safe_dump({"Pendulum-v1": PLAIN}))
     with pytest.raises(SystemExit, match="the entry 'CartPole-v1' does not exist. Allowed: Pendulum-v1"):
         zoo.main(["train", "--conf", "one.yml"])
+
+
+@pytest.mark.parametrize("command", ["train", "optimize"])
+def test_says_which_environment_is_taken_if_none_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr("rl_zoo3.train.train", lambda: taken.extend(sys.argv[1:]))
+    zoo.main([command])
+    assert "--env was not given, so the environment is CartPole-v1" in capsys.readouterr().out
+    assert "--env" not in taken  # rl_zoo3's own default, which must be the same
+    zoo.main([command, "--env", "Pendulum-v1"])
+    assert "--env was not given" not in capsys.readouterr().out
+
+
+def test_default_environment_is_that_of_rl_zoo3() -> None:
+    assert f'"--env", type=str, default="{arguments.DEFAULT_ENV}"' in inspect.getsource(rl_zoo3.train)
 
 
 def test_train_writes_the_files_of_rl_zoo3(trained: Path) -> None:

@@ -67,3 +67,31 @@ def test_curves_end_with_the_shortest_run(capsys: pytest.CaptureFixture[str]) ->
     assert steps.tolist() == [10, 20]
     assert plot._at(steps, runs) == pytest.approx(np.array([[0, 1], [0.5, 1.5]]))
     assert "Drawn up to 28 steps" in capsys.readouterr().out
+
+
+def test_curves_are_labelled_by_algorithm_and_file(trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = str(trained / "logs")
+    assert list(plot.read_runs([logs], None, ["dreamer_gpld"])["Pendulum-v1"]) == ["dreamer_gpld, small.yml"]
+    _write_runs(folder / "other", "Pendulum-v1", seeds=2, final=-200.0)  # without a record of how they were trained
+    runs = plot.read_runs([logs, "other"], None, ["dreamer_gpld"])["Pendulum-v1"]
+    assert {label: len(of_label) for label, of_label in runs.items()} == {
+        f"{logs}: dreamer_gpld, small.yml": 1,
+        "other: dreamer_gpld": 2,
+    }
+    assert list(plot.read_runs([logs], ["mine"], ["dreamer_gpld"])["Pendulum-v1"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - a/b.yml\n", "b.yml"),
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - null\n", ""),
+        ("!!python/object/apply:os.mkdir [ran]\n", ""),
+        ("!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n", ""),
+    ],
+)
+def test_recorded_arguments_run_no_code(folder: Path, text: str, expected: str) -> None:
+    (folder / "run" / "Pendulum-v1").mkdir(parents=True)
+    (folder / "run" / "Pendulum-v1" / "args.yml").write_text(text)
+    assert plot._hyperparameter_file(folder / "run") == expected
+    assert not (folder / "ran").exists()
