@@ -23,7 +23,7 @@ from stable_baselines3.common.logger import configure
 from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
-from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback
+from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback, measures
 from sb3_dreamer_gpld.execution import CompiledStep
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
@@ -118,7 +118,7 @@ def test_kl_of_small_perturbations_is_that_of_the_fisher_information(policy: Dre
 
 
 def test_jacobian_norms_equal_those_of_automatic_differentiation(policy: DreamerPolicy, monkeypatch: Any) -> None:
-    monkeypatch.setattr(diagnostics, "CHUNK_STATES", 2)  # 5 states are no whole number of chunks
+    monkeypatch.setattr(measures, "CHUNK_STATES", 2)  # 5 states are no whole number of chunks
     deter, tokens = inputs(policy)
     rssm = policy.world_model.rssm
     maps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
@@ -205,7 +205,7 @@ def test_errors_in_a_known_environment(tmp_path: Path) -> None:
     options = diagnose.parse(args.split())
     env = model.get_env()
     assert env is not None
-    episodes = diagnose.collect(model, env, options)
+    episodes = diagnose.collect(model, env, options.episodes, options.max_steps)
     assert [episode.rewards.tolist() for episode in episodes] == [[list(range(LENGTH + 1))]] * 2
     assert all(episode.is_terminal.sum() == episode.is_terminal[0, -1] == 1 for episode in episodes)
 

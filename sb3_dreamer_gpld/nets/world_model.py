@@ -52,6 +52,33 @@ class Batch(NamedTuple):
     deter: Tensor
     stoch: Tensor
 
+    def steps(self, steps: slice | Tensor) -> Batch:
+        """:return: some steps of each sequence, with the state before the first of all"""
+        return Batch(
+            {key: x[:, steps] for key, x in self.observations.items()},
+            self.actions[:, steps],
+            self.rewards[:, steps],
+            self.is_first[:, steps],
+            self.is_last[:, steps],
+            self.is_terminal[:, steps],
+            self.deter,
+            self.stoch,
+        )
+
+    def select(self, sequences: slice | Tensor) -> Batch:
+        """:return: some of the sequences"""
+        observations, *others = self
+        return Batch({key: x[sequences] for key, x in observations.items()}, *(x[sequences] for x in others))
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """:return: the sequences of batches with equal steps, one after the other"""
+        observations, *others = zip(*batches, strict=True)
+        return cls(
+            {key: th.cat([part[key] for part in observations]) for key in observations[0]},
+            *(th.cat(parts) for parts in others),
+        )
+
 
 class WorldModelDraws(NamedTuple):
     """Every random number of the world model's losses.

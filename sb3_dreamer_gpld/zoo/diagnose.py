@@ -1,6 +1,6 @@
 """``dreamer-gpld diagnose``: collects episodes, measures one model or two on the same states, and writes JSON, plots, videos.
 
-Letters: B windows, T steps, N states, D deter, C classes, K rows, E token numbers.
+Letters: B windows, T steps, N states, H imagined steps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import check_for_correct_spaces
@@ -32,20 +30,17 @@ from sb3_dreamer_gpld.diagnostics import (
     log_video,
     open_loop,
     open_loop_video,
-    posterior_states,
     require_moviepy,
-    select,
     smoothness,
-    steps_of,
     undisturbed,
     write_mp4,
 )
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.world_model import Batch
-from sb3_dreamer_gpld.policies import DreamerPolicy, as_dict
 from sb3_dreamer_gpld.saving import check_writable, staged
+from sb3_dreamer_gpld.zoo.episodes import Filtered, collect, cut_windows, filtered
+from sb3_dreamer_gpld.zoo.figures import draw_open_loop, draw_smoothness
 
-SEGMENT = 64  # steps of an episode that go through the nets together
 WINDOWS = 8  # windows that are predicted together: decoded images need much memory
 VIDEO_WINDOWS = 4  # side by side in a video
 
@@ -150,115 +145,7 @@ def _load(file: Path, device: str) -> DreamerGPLD:
         raise ValueError(f"{file}: this is not a saved DreamerGPLD model ({type(error).__name__}: {error})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ collecting
-
-
-def collect(model: DreamerGPLD, env: VecEnv, options: argparse.Namespace) -> list[Batch]:
-    """Episodes of the model's policy.
-
-    :param model: acts
-    :param env: one environment
-    :param options: number and length of the episodes, seed
-    :return: one window (1, T) for each, from its first step to its last
-    """
-    env.seed(options.seed)
-    with undisturbed(model.policy, options.seed):
-        return [_episode(model.policy, env, options) for _ in range(options.episodes)]
-
-
-def _episode(policy: DreamerPolicy, env: VecEnv, options: argparse.Namespace) -> Batch:
-    observation: Any = env.reset()
-    actions: list[Tensor] = []
-    observations, rewards, terminal = [observation], [0.0], False
-    state, is_first, done = policy.initial_state(1), th.ones(1, dtype=th.bool, device=policy.device), False
-    while not done and len(actions) < options.max_steps:
-        tensors, _ = policy.obs_to_tensor(observation)
-        state = policy.act(tensors, state, is_first, options.deterministic)
-        is_first = th.zeros_like(is_first)
-        observation, reward, dones, infos = env.step(policy.to_env_action(state.action))
-        done = bool(dones[0])
-        if done:  # the environment has been reset already
-            terminal = not infos[0].get("TimeLimit.truncated", False)
-            last = infos[0]["terminal_observation"]
-            observation = {k: v[None] for k, v in last.items()} if isinstance(last, dict) else np.asarray(last)[None]
-        observations.append(observation)
-        actions.append(state.action)
-        rewards.append(float(reward[0]))
-    steps = len(rewards)
-    flags = th.zeros(3, 1, steps, dtype=th.bool, device=policy.device)
-    flags[0, 0, 0], flags[1, 0, -1], flags[2, 0, -1] = True, True, terminal
-    deter, stoch = policy.world_model.rssm.initial(1)
-    return Batch(
-        {key: x.unsqueeze(0) for key, x in as_dict(policy.obs_to_tensor(_joined(observations))[0]).items()},
-        th.cat([th.zeros_like(actions[0]), *actions]).unsqueeze(0),
-        th.tensor([rewards], device=policy.device),
-        flags[0],
-        flags[1],
-        flags[2],
-        deter,
-        stoch,
-    )
-
-
-def _joined(observations: list[Any]) -> Any:
-    if isinstance(observations[0], dict):
-        return {key: np.concatenate([x[key] for x in observations]) for key in observations[0]}
-    return np.concatenate(observations)
-
-
 # -------------------------------------------------------------------------------------------------------------- measuring
-
-
-class Filtered(NamedTuple):
-    """Posterior states of an episode: deter (T, D), stoch (T, C, K), tokens (T, E)."""
-
-    deter: Tensor
-    stoch: Tensor
-    tokens: Tensor
-
-
-def filtered(policy: DreamerPolicy, episode: Batch) -> Filtered:
-    """Posterior states of a whole episode (1, T), some steps at a time."""
-    parts = []
-    for start in range(0, episode.rewards.shape[1], SEGMENT):
-        states, tokens = posterior_states(policy, steps_of(episode, slice(start, start + SEGMENT)))
-        parts.append((states.deter[0], states.stoch[0], tokens[0]))
-        episode = episode._replace(deter=states.deter[:, -1], stoch=states.stoch[:, -1])
-    return Filtered(*(th.cat(x) for x in zip(*parts, strict=True)))
-
-
-def cut_windows(episodes: list[Batch], states: list[Filtered], starts: list[tuple[int, int]], steps: int) -> Batch:
-    """Windows of episodes, with the model's own states before them. After an episode's end the last step is repeated, as the
-    first one of another episode.
-
-    :param episodes: (1, T) each
-    :param states: of the model, of each episode
-    :param starts: episode and first step of each window
-    :param steps: steps of a window
-    :return: (B, steps)
-    """
-
-    def window(number: int, start: int) -> Batch:
-        episode, before = episodes[number], states[number]
-        rows = th.arange(start, start + steps, device=episode.rewards.device)
-        length = episode.rewards.shape[1]
-        at = rows.clamp_max(length - 1)
-        actions, rewards, is_first, is_last, is_terminal = (x[0][at] for x in episode[1:6])
-        deter, stoch = (before.deter[start - 1], before.stoch[start - 1]) if start else (episode.deter[0], episode.stoch[0])
-        return Batch(
-            {key: x[0][at] for key, x in episode.observations.items()},
-            actions,
-            rewards,
-            is_first | (rows >= length),
-            is_last,
-            is_terminal,
-            deter,
-            stoch,
-        )
-
-    windows = [window(*start) for start in starts]
-    observations = {key: th.stack([x.observations[key] for x in windows]) for key in windows[0].observations}
-    return Batch(observations, *(th.stack(parts) for parts in list(zip(*windows, strict=True))[1:]))
 
 
 class Measured(NamedTuple):
@@ -281,7 +168,7 @@ def measure(model: DreamerGPLD, episodes: list[Batch], options: argparse.Namespa
     """Measure one model. States and windows are drawn from the seed alone, so that they are the same for every model.
 
     :param model: the model
-    :param episodes: of :func:`collect`
+    :param episodes: of :func:`~sb3_dreamer_gpld.zoo.episodes.collect`, of both models
     :param options: of :func:`parse`
     :raises ValueError: the episodes are too short
     """
@@ -297,13 +184,13 @@ def measure(model: DreamerGPLD, episodes: list[Batch], options: argparse.Namespa
     starts = [possible[i] for i in generator.choice(len(possible), min(options.windows, len(possible)), replace=False)]
     with undisturbed(policy, options.seed):
         states = [filtered(policy, episode) for episode in episodes]
-        everything = Filtered(*(th.cat(x) for x in zip(*states, strict=True)))
+        everything = Filtered.join(states)
         drawn = generator.permutation(len(everything.deter))[: options.states]
         deter, stoch, tokens = (x[th.as_tensor(drawn, device=x.device)] for x in everything)
         found = smoothness(policy, deter, stoch, tokens, options.scales)
         batch = cut_windows(episodes, states, starts, steps)
         parts = [
-            open_loop(policy, select(batch, slice(i, i + WINDOWS)), options.context, model.gamma)
+            open_loop(policy, batch.select(slice(i, i + WINDOWS)), options.context, model.gamma)
             for i in range(0, len(starts), WINDOWS)
         ]
         result = OpenLoop(
@@ -317,7 +204,7 @@ def measure(model: DreamerGPLD, episodes: list[Batch], options: argparse.Namespa
             # The windows that go furthest
             best = result.valid.sum(1).argsort(descending=True, stable=True)[:VIDEO_WINDOWS]
             key = image_key(policy, options.image)
-            video = open_loop_video(policy, select(batch, best), result.features[best], key)
+            video = open_loop_video(policy, batch.select(best), result.features[best], key)
     return Measured(found, *result.means(), video)
 
 
@@ -332,7 +219,10 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
     :raises ValueError: the episodes are too short
     """
     try:
-        collected = {name: collect(model, setup.env, options) for name, model in setup.models.items()}
+        collected = {
+            name: collect(model, setup.env, options.episodes, options.max_steps, options.seed, options.deterministic)
+            for name, model in setup.models.items()
+        }
     finally:
         setup.env.close()
     episodes = [episode for each in collected.values() for episode in each]
@@ -344,7 +234,9 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
         text = json.dumps(report, indent=2, allow_nan=False)
         (folder / "diagnostics.json").write_text(text + "\n", encoding="utf-8")
         draw_smoothness({names[name]: x.smoothness for name, x in found.items()}).savefig(folder / "smoothness.png", dpi=120)
-        draw_open_loop({names[name]: x for name, x in found.items()}).savefig(folder / "open_loop.png", dpi=120)
+        draw_open_loop({names[name]: (x.errors, x.teacher_forced) for name, x in found.items()}).savefig(
+            folder / "open_loop.png", dpi=120
+        )
         for name, x in found.items():
             if x.video is not None:
                 write_mp4(x.video, folder / f"open_loop_{name}.mp4", options.fps)
@@ -393,49 +285,3 @@ def _labels(options: argparse.Namespace) -> list[str]:
     files = [file for file in (options.model, options.baseline) if file is not None]
     stems = [file.stem for file in files]
     return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-
-
-def draw_smoothness(found: dict[str, Smoothness]) -> Figure:
-    """KL against the size of the perturbation, Jacobian norms, and transition ratios."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    kl, posterior, prior, ratio = figure.subplots(1, 4, width_ratios=[1.6, 1, 1, 1])
-    for label, x in found.items():
-        kl.plot(list(x.kl), [value.mean().item() for value in x.kl.values()], marker=".", label=label)
-    kl.set_xscale("log")
-    kl.set_yscale("log")
-    kl.set_xlabel("standard deviation of δ")
-    kl.set_title("KL(q(u) ‖ q(u + δ)) of the posterior, nats")
-    _boxes(posterior, {label: x.posterior_jacobian for label, x in found.items()}, "‖∂q/∂u‖ of the posterior")
-    _boxes(prior, {label: x.prior_jacobian for label, x in found.items()}, "‖∂q/∂u‖ of the prior")
-    _boxes(ratio, {label: x.transition_ratio for label, x in found.items()}, "‖f(s+δ) − f(s)‖ / ‖δ‖, imagined")
-    kl.grid(alpha=0.3)
-    kl.legend()
-    return figure
-
-
-def _boxes(axes: Axes, values: dict[str, Tensor], title: str) -> None:
-    axes.boxplot([x.cpu().numpy() for x in values.values()], showfliers=False)
-    axes.set_xticklabels(list(values))
-    axes.set_ylim(bottom=0)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-
-
-def draw_open_loop(found: dict[str, Measured]) -> Figure:
-    """Errors of observations, reward and continuation against the number of imagined steps."""
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    titles = {
-        "observation": "observation: squared error",
-        "reward": "reward: absolute error",
-        "continue": "continue: absolute error",
-    }
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for number, (label, x) in enumerate(found.items()):
-            axes.plot(x.errors[name].cpu().numpy(), color=f"C{number}", label=label)
-            axes.plot(x.teacher_forced[name].cpu().numpy(), color=f"C{number}", ls=":", label=f"{label}, seeing every step")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("imagined steps k")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
