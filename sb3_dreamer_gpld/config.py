@@ -17,6 +17,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
+from sb3_dreamer_gpld.schedules import SCHEDULES, default_parameters
+
 # Network sizes of the authors' release; "debug" is for tests.
 SIZES: dict[str, dict[str, int]] = {
     "debug": dict(deter=32, hidden=16, stoch=4, classes=4, blocks=4, units=16, depth=2),
@@ -189,16 +191,47 @@ class ModelConfig:
 # Entries of policy_kwargs that are not fields of ModelConfig.
 POLICY_ARGUMENTS = ("net_arch", "normalize_images", "features_extractor_kwargs", "optimizer_class", "optimizer_kwargs")
 
-# Schedules of λ with the defaults of their parameters (steps are optimiser updates); see gpld.penalty_weight.
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "linear": {"decay_steps": 100_000},
-    "exponential": {"decay_steps": 100_000},
-    "cosine": {"decay_steps": 100_000},
-    "step": {"interval": 5000, "factor": 0.9},
-    "sqrt_time": {"time_scale": 1000.0},
-    "custom": {"steps": (), "values": ()},
-}
+
+def _checked_schedule(schedule: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A schedule of λ as the constructor takes it, as its name and all of its parameters.
+
+    :raises ValueError: a name or a value is not allowed
+    """
+    if not isinstance(schedule, (str, Mapping)):
+        raise ValueError(f"penalty_schedule must be a name or a dict with 'name', not {schedule!r}")
+    given = {"name": schedule} if isinstance(schedule, str) else dict(schedule)
+    name = given.pop("name", None)
+    if not isinstance(name, str) or name not in SCHEDULES:
+        raise ValueError(unknown_name("penalty_schedule", str(name), SCHEDULES))
+    defaults = default_parameters(name)
+    for key in given:
+        if key not in defaults:
+            raise ValueError(unknown_name(f"parameter of penalty_schedule {name!r}", key, defaults))
+    parameters = {**defaults, **given}
+    for key in ("decay_steps", "interval", "time_scale"):
+        if key in parameters:
+            check_range(f"penalty_schedule's {key}", parameters[key], 0.0, math.inf, low_open=True)
+    if "factor" in parameters:
+        check_range("penalty_schedule's factor", parameters["factor"], 0.0, math.inf)
+    if name == "custom":
+        _check_custom(**parameters)
+    return name, parameters
+
+
+def _check_custom(steps: Any, values: Any) -> None:
+    """The parameters of the schedule "custom"."""
+    if not all(isinstance(given, (list, tuple)) for given in (steps, values)):
+        raise ValueError("penalty_schedule 'custom' needs lists of steps and of values")
+    steps, values = list(steps), list(values)
+    for step in steps:
+        check_range("penalty_schedule's steps", step, 0.0, math.inf)
+    if len(steps) != len(values) or not steps or steps != sorted(steps):
+        raise ValueError(
+            "penalty_schedule 'custom' needs as many steps as values, at least one, with increasing steps; "
+            f"got steps={steps}, values={values}"
+        )
+    for value in values:
+        check_range("penalty_schedule's values", value, 0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -211,7 +244,7 @@ class PenaltyConfig:
     :param rows: rows penalised, from 1 to K; None: all
     :param random_rows: draw the ``rows`` rows afresh at every update instead of taking the first ones
     :param estimator: "hutchinson" (one Rademacher probe per row and state) or "exact"
-    :param schedule: a name in SCHEDULES, or a dict with "name" and its parameters
+    :param schedule: a name in :data:`~sb3_dreamer_gpld.schedules.SCHEDULES`, or a dict with "name" and its parameters
     :param minimum: λ never falls below it
     :param start: optimiser updates before which λ is 0
     :raises ValueError: a value is not allowed; the text names the constructor argument
@@ -239,34 +272,7 @@ class PenaltyConfig:
             check_int("penalty_rows", self.rows, 1)
         if self.estimator not in ("hutchinson", "exact"):
             raise ValueError(unknown_name("penalty_estimator", self.estimator, ("hutchinson", "exact")))
-        if not isinstance(self.schedule, (str, Mapping)):
-            raise ValueError(f"penalty_schedule must be a name or a dict with 'name', not {self.schedule!r}")
-        given = {"name": self.schedule} if isinstance(self.schedule, str) else dict(self.schedule)
-        name = given.pop("name", None)
-        if not isinstance(name, str) or name not in SCHEDULES:
-            raise ValueError(unknown_name("penalty_schedule", str(name), SCHEDULES))
-        for key in given:
-            if key not in SCHEDULES[name]:
-                raise ValueError(unknown_name(f"parameter of penalty_schedule {name!r}", key, SCHEDULES[name]))
-        parameters = {**SCHEDULES[name], **given}
-        for key in ("decay_steps", "interval", "time_scale"):
-            if key in parameters:
-                check_range(f"penalty_schedule's {key}", parameters[key], 0.0, math.inf, low_open=True)
-        if "factor" in parameters:
-            check_range("penalty_schedule's factor", parameters["factor"], 0.0, math.inf)
-        if name == "custom":
-            if not all(isinstance(parameters[key], (list, tuple)) for key in ("steps", "values")):
-                raise ValueError("penalty_schedule 'custom' needs lists of steps and of values")
-            steps, values = list(parameters["steps"]), list(parameters["values"])
-            for step in steps:
-                check_range("penalty_schedule's steps", step, 0.0, math.inf)
-            if len(steps) != len(values) or not steps or steps != sorted(steps):
-                raise ValueError(
-                    "penalty_schedule 'custom' needs as many steps as values, at least one, with increasing steps; "
-                    f"got steps={steps}, values={values}"
-                )
-            for value in values:
-                check_range("penalty_schedule's values", value, 0.0, math.inf)
+        name, parameters = _checked_schedule(self.schedule)
         object.__setattr__(self, "schedule_name", name)
         object.__setattr__(self, "schedule_parameters", parameters)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import ActionSpec, PenaltyConfig, check_int, check_range, dynamics_share, entropy_target
-from sb3_dreamer_gpld.envs import blamed_environment, lost_processes
+from sb3_dreamer_gpld.envs import blamed_environment, lost_processes, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
 from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
 from sb3_dreamer_gpld.nets.gpld import penalty_weight
@@ -71,7 +71,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
     imagines. With ``posterior_penalty=0, prior_penalty=0`` this is plain DreamerV3.
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"
-    :param env: the environment (an id, an environment, or a vectorised one)
+    :param env: the environment (an id, an environment, or a vectorised one); ids of dm_control need no ``import shimmy``
     :param learning_rate: learning rate, or a function of the remaining progress
     :param buffer_size: rows of the replay buffer, over all environments
     :param learning_starts: rows that must be stored before the first update; actions come from the policy at all times
@@ -178,7 +178,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
     ) -> None:
         super().__init__(
             policy,
-            env,
+            registered(env),
             learning_rate,
             buffer_size=buffer_size,
             learning_starts=learning_starts,

@@ -9,6 +9,7 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 
 import difflib
 import traceback
+import warnings
 from collections.abc import Sequence
 from multiprocessing import connection
 from numbers import Integral
@@ -234,6 +235,36 @@ def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
     return ""
 
 
+def registered(env: Any) -> Any:
+    """Register the dm_control tasks if the id of one is given that Gymnasium does not know yet.
+
+    They are registered by importing Shimmy, which imports dm_control and MuJoCo, too: seconds that only those who need them
+    should wait for, and the point at which MuJoCo reads ``MUJOCO_GL``.
+
+    :param env: what an algorithm is given as its environment
+    :return: the same
+    :raises ImportError: Shimmy or dm_control is missing
+    :raises ValueError: there is no such task
+    """
+    if isinstance(env, str) and env.startswith(_DM_CONTROL) and env not in gym.registry:
+        return _find_task(env)
+    return env
+
+
+def register_dm_control() -> None:
+    """Register the dm_control tasks with Gymnasium, as ``dm_control/walker-walk-v0`` and so on.
+
+    :raises ImportError: Shimmy or dm_control is missing
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="glfw")  # it warns where there is no display
+            import dm_control  # noqa: F401
+            import shimmy  # noqa: F401  (registers the tasks)
+    except ImportError as error:
+        raise ImportError('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"') from error
+
+
 def _find_task(task: str) -> str:
     """Look up a dm_control task, registering all of them on the first call.
 
@@ -242,11 +273,7 @@ def _find_task(task: str) -> str:
     """
     if not isinstance(task, str):
         raise TypeError(f"task must be a name such as 'walker-walk', got {task!r}")
-    try:
-        import dm_control  # noqa: F401
-        import shimmy  # noqa: F401  (registers the tasks)
-    except ImportError as error:
-        raise ImportError('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"') from error
+    register_dm_control()
     names = [env_id.removeprefix(_DM_CONTROL).removesuffix("-v0") for env_id in gym.registry if env_id.startswith(_DM_CONTROL)]
     names.remove("compatibility-env")  # Shimmy's wrapper for the caller's own dm_control environment, not a task
     name = task.removeprefix(_DM_CONTROL).removesuffix("-v0")

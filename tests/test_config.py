@@ -9,6 +9,7 @@ import pytest
 from gymnasium import spaces
 
 from sb3_dreamer_gpld.config import SIZES, ActionSpec, ImageKey, ModelConfig, ObservationSpec, PenaltyConfig, VectorKey
+from sb3_dreamer_gpld.schedules import SCHEDULES, default_parameters
 
 # ---------------------------------------------------------------- sizes
 
@@ -188,6 +189,28 @@ def test_defaults_of_the_penalty_are_the_papers() -> None:
     assert (config.posterior, config.prior, config.fraction, config.minimum) == (0.5, 0.0, 0.5, 0.001)
     assert (config.rows, config.estimator, config.schedule_name) == (None, "hutchinson", "sqrt_time")
     assert config.schedule_parameters == {"time_scale": 1000.0}
+
+
+def test_schedules_and_the_defaults_of_their_parameters() -> None:
+    decay = {"decay_steps": 100_000}
+    assert {name: default_parameters(name) for name in SCHEDULES} == {
+        "none": {},
+        "linear": decay,
+        "exponential": decay,
+        "cosine": decay,
+        "step": {"interval": 5000, "factor": 0.9},
+        "sqrt_time": {"time_scale": 1000.0},
+        "custom": {"steps": (), "values": ()},
+    }
+    for name in SCHEDULES.keys() - {"custom"}:
+        assert PenaltyConfig(schedule=name).schedule_parameters == default_parameters(name)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_parameters_of_other_schedules_are_refused(name: str) -> None:
+    for key in ("t", "initial", "minimum"):  # what every schedule is called with is none of its parameters
+        with pytest.raises(ValueError, match=f"parameter of penalty_schedule '{name}' '{key}' does not exist"):
+            PenaltyConfig(schedule={"name": name, key: 1.0})
 
 
 def test_schedule_given_as_a_dict_is_completed_and_left_as_it_is() -> None:

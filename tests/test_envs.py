@@ -13,6 +13,7 @@ from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecTransposeImage
 
+from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import ActionRepeat, PixelObservation, make_dmc, steps_per_second
 
 
@@ -187,6 +188,40 @@ def test_speed_of_other_environments_is_what_they_say() -> None:
 def test_dmc_unknown_task(task: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_dmc(task)
+
+
+def test_the_algorithm_registers_dm_control_by_itself_and_only_then() -> None:
+    """In a process of its own: here Shimmy may have been imported already."""
+    pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
+    program = """if True:
+        import sys
+        from sb3_dreamer_gpld import DreamerGPLD
+        assert not {"shimmy", "dm_control", "mujoco"} & set(sys.modules), "the package imports them"
+        DreamerGPLD("MlpPolicy", "CartPole-v1", model_size="debug")
+        assert not {"shimmy", "dm_control", "mujoco"} & set(sys.modules), "another environment imports them"
+        model = DreamerGPLD("MultiInputPolicy", "dm_control/cartpole-balance-v0", model_size="debug")
+        print(sorted(model.observation_space))
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "['position', 'velocity']"
+    assert "DISPLAY" not in result.stderr
+
+
+def test_unknown_dm_control_id() -> None:
+    pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
+    with pytest.raises(ValueError, match="did you mean walker-walk"):
+        DreamerGPLD("MultiInputPolicy", "dm_control/waker-walk-v0", model_size="debug")
+
+
+def test_dm_control_without_shimmy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in gym.registry if name.startswith("dm_control/")]:
+        monkeypatch.delitem(gym.registry, name)
+    monkeypatch.setitem(sys.modules, "shimmy", None)
+    with pytest.raises(ImportError, match=r'pip install "sb3-dreamer-gpld\[dmc\]"'):
+        DreamerGPLD("MultiInputPolicy", "dm_control/walker-walk-v0", model_size="debug")
 
 
 def test_dmc_task_must_be_a_name() -> None:

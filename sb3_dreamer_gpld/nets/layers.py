@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import IMAGE_STAGES, ImageKey, ModelConfig, ObservationSpec
+from sb3_dreamer_gpld.nets.cotangents import Layer
 from sb3_dreamer_gpld.nets.distributions import encode_categories, symlog
-from sb3_dreamer_gpld.nets.gpld import Layer
 
 NORM_EPS = 1e-4
 
@@ -133,7 +133,7 @@ class NormedLinear(nn.Module):
         return self.norm(self.linear(x))
 
     def as_layer(self) -> Layer:
-        """The parameters as :mod:`~sb3_dreamer_gpld.nets.gpld` reads them."""
+        """The parameters as the penalty reads them."""
         return Layer(self.linear.weight, self.linear.bias, self.norm.weight, NORM_EPS)
 
 

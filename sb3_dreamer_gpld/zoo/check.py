@@ -25,7 +25,7 @@ from sb3_dreamer_gpld.policies import DreamerPolicy
 DM_CONTROL = "dm_control/"
 _PIXELS = "sb3_dreamer_gpld.envs.PixelObservation"
 
-# Constructor arguments that rl_zoo3 gives itself, and what sets them
+# Inside rl_zoo3: constructor arguments that it gives itself, and what sets them
 _SET_ELSEWHERE = {
     "env": "--env on the command line",
     "seed": "--seed on the command line",
@@ -171,7 +171,7 @@ def _evaluate(text: str) -> Any:
     from rl_zoo3 import exp_manager
 
     try:
-        return eval(text, dict(vars(exp_manager)))  # where rl_zoo3 evaluates it: th, nn and others are known there
+        return eval(text, dict(vars(exp_manager)))  # Inside rl_zoo3: evaluated there, where th and nn are known
     except Exception as error:  # whatever the text does: it came from the file
         raise ValueError(f"{text!r} is not a Python expression that can be evaluated: {error}") from error
 
@@ -328,7 +328,7 @@ def _check_policy_kwargs(value: Any) -> None:
         raise TypeError(f"policy_kwargs must be 'name: value' lines or 'dict(name=value)', not {value!r}")
 
 
-# Keys that rl_zoo3 takes out before it makes the agent
+# Inside rl_zoo3: keys that it takes out before it makes the agent
 _ZOO_KEYS: dict[str, Callable[[Any], None]] = {
     "n_timesteps": _check_steps,
     "n_envs": _check_count("n_envs"),

@@ -64,6 +64,7 @@ def push(run: Path, upload: bool) -> None:
     :param run: folder of the run
     :param upload: send the files to the hub; else they are only made
     """
+    # Inside rl_zoo3: what the script imports when it starts, and in which order it calls the hub's client
     helpers = importlib.import_module("huggingface_sb3.push_to_hub")  # as an attribute it is a function of the same name
     if not hasattr(helpers, "generate_metadata"):  # newer releases have it under another name, and return an object
         helpers.generate_metadata = lambda *args: helpers._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
@@ -71,7 +72,7 @@ def push(run: Path, upload: bool) -> None:
     huggingface_hub.HfApi = _client(run, upload)  # type: ignore[misc]
     try:
         with _ffmpeg():
-            runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")  # a script without a function
+            runpy.run_module("rl_zoo3.push_to_hub", run_name="__main__")  # Inside rl_zoo3: a script without a function
     except _NotUploaded as folder:
         print(f"Nothing was uploaded. The files are in {folder}")
     finally:

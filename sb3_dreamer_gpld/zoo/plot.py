@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -62,7 +63,9 @@ def main(name: str) -> None:
         "over the seeds, stratified by task.",
     )
     parser.add_argument("-f", "--exp-folders", nargs="+", default=["logs"], help="folders of runs to compare (default: logs)")
-    parser.add_argument("-l", "--labels", nargs="+", help="a label for each folder")
+    parser.add_argument(
+        "-l", "--labels", nargs="+", help="a label for each folder (default: algorithm and hyperparameter file)"
+    )
     parser.add_argument("-a", "--algos", nargs="+", default=[name], help=f"algorithms (default: {name})")
     parser.add_argument("-e", "--env", nargs="+", help="environments (default: all that were evaluated)")
     parser.add_argument("-o", "--output", default="plots", help="folder for the pictures (default: plots)")
@@ -74,7 +77,7 @@ def main(name: str) -> None:
     if not 0 < options.ci_size < 1:
         parser.error(f"--ci-size must be between 0 and 1, not {options.ci_size}")
 
-    runs = read_runs(options.exp_folders, options.labels or options.exp_folders, options.algos)
+    runs = read_runs(options.exp_folders, options.labels, options.algos)
     wanted = [env.replace("/", "-") for env in options.env or ()]
     if not set(wanted) <= set(runs) or not runs:
         missing = ", ".join(sorted(set(wanted) - set(runs))) or "any environment"
@@ -91,24 +94,47 @@ def main(name: str) -> None:
     _draw_aggregate(runs, style, output / "aggregate.png")
 
 
-def read_runs(folders: list[str], labels: list[str], algos: list[str]) -> Runs:
+def read_runs(folders: list[str], labels: list[str] | None, algos: list[str]) -> Runs:
     """
     :param folders: log folders of rl_zoo3
-    :param labels: a label for each
+    :param labels: a label for each; None: runs are told apart by algorithm, hyperparameter file and folder
     :param algos: algorithms; their names become part of the labels if there are several
     :return: the evaluations of all runs
     """
     runs: Runs = {}
-    for folder, label in zip(folders, labels, strict=True):
+    for number, folder in enumerate(folders):
         for algo in algos:
-            name = f"{label} {algo}" if len(algos) > 1 else label
             for file in sorted(Path(folder, algo).glob("*_*/evaluations.npz")):
+                if labels:
+                    name = f"{labels[number]} {algo}" if len(algos) > 1 else labels[number]
+                else:
+                    setting = ", ".join(part for part in (algo, _hyperparameter_file(file.parent)) if part)
+                    name = f"{folder}: {setting}" if len(folders) > 1 else setting
                 # <environment>_<number of the run>, and the unique name that --uuid adds
                 task = re.sub(r"_\d+(_[0-9a-f-]{36})?$", "", file.parent.name)
                 log = np.load(file)
                 run = Run(log["timesteps"], log["results"].reshape(len(log["timesteps"]), -1).mean(1))
                 runs.setdefault(task, {}).setdefault(name, []).append(run)
     return runs
+
+
+class _Arguments(yaml.SafeLoader):
+    """Reads the arguments that rl_zoo3 recorded as an OrderedDict; Python objects in it are None, and no code is run."""
+
+    def ordered_dict(self, node: yaml.SequenceNode) -> dict[str, Any]:
+        return dict(self.construct_sequence(node, deep=True)[0])
+
+
+_Arguments.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+_Arguments.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _Arguments.ordered_dict)
+
+
+def _hyperparameter_file(run: Path) -> str:
+    """Name of the file a run took its hyperparameters from, "" if that is not recorded."""
+    for file in run.glob("*/args.yml"):
+        recorded = yaml.load(file.read_text(), Loader=_Arguments)
+        return Path(recorded.get("conf_file") or "").name if isinstance(recorded, dict) else ""
+    return ""
 
 
 def _common_steps(runs: list[Run]) -> np.ndarray:

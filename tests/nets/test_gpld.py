@@ -18,8 +18,9 @@ from torch import Tensor
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.dreamer_gpld import Loss
-from sb3_dreamer_gpld.nets import gpld
-from sb3_dreamer_gpld.nets.gpld import Layer, penalty_weight, rademacher, row_penalty
+from sb3_dreamer_gpld.nets import cotangents, gpld_exact
+from sb3_dreamer_gpld.nets.cotangents import Layer
+from sb3_dreamer_gpld.nets.gpld import penalty_weight, rademacher, row_penalty
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 
 CPU = th.device("cpu")
@@ -107,18 +108,18 @@ def problems(draw: st.DrawFn) -> tuple[Net, Tensor, Tensor | None, Tensor]:
     return net, inputs, rows, th.arange(count) if rows is None else rows
 
 
-@pytest.mark.parametrize("together", [1, 40, gpld.TOGETHER])  # a row alone, a few, all
+@pytest.mark.parametrize("together", [1, 40, cotangents.TOGETHER])  # a row alone, a few, all
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_closed_form_equals_double_backward(together: int, problem: tuple[Net, Tensor, Tensor | None, Tensor]) -> None:
     net, inputs, rows, indices = problem
     probes = th.randn(len(indices), len(inputs), net.classes, dtype=th.float64)  # the identity holds for any vectors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpld, "TOGETHER", together)
+        patch.setattr(cotangents, "TOGETHER", together)
         assert_same(net.penalty(inputs, probes, rows), estimate(net, inputs, probes, indices), [*net.leaves, inputs])
 
 
-@pytest.mark.parametrize(("strip", "together"), [(1, 40), (2, 1), (gpld.STRIP, gpld.TOGETHER)])
+@pytest.mark.parametrize(("strip", "together"), [(1, 40), (2, 1), (gpld_exact.STRIP, cotangents.TOGETHER)])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(problem=problems())
 def test_exact_form_equals_the_frobenius_norm(
@@ -126,8 +127,8 @@ def test_exact_form_equals_the_frobenius_norm(
 ) -> None:
     net, inputs, rows, indices = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpld, "STRIP", strip)
-        patch.setattr(gpld, "TOGETHER", together)
+        patch.setattr(gpld_exact, "STRIP", strip)
+        patch.setattr(cotangents, "TOGETHER", together)
         assert_same(net.penalty(inputs, None, rows), frobenius(net, inputs, indices), [*net.leaves, inputs])
 
 
@@ -138,14 +139,14 @@ def test_parts_of_several_rows(probed: bool, monkeypatch: pytest.MonkeyPatch) ->
     net = Net.random(4, [6], classes=3, rows=5)
     inputs = th.randn(7, 4, dtype=th.float64).requires_grad_()
     rows, sizes = th.arange(5), []
-    mix = gpld._mix
+    mix = cotangents._mix
 
     def noted(shares: Tensor, weight: Tensor) -> Tensor:
         sizes.append(len(weight))
         return mix(shares, weight)
 
-    monkeypatch.setattr(gpld, "_mix", noted)
-    monkeypatch.setattr(gpld, "TOGETHER", 2 * 7 * 6 * (1 if probed else 2))
+    monkeypatch.setattr(cotangents, "_mix", noted)
+    monkeypatch.setattr(cotangents, "TOGETHER", 2 * 7 * 6 * (1 if probed else 2))
     probes = th.randn(5, 7, 3, dtype=th.float64) if probed else None
     reference = frobenius(net, inputs, rows) if probes is None else estimate(net, inputs, probes, rows)
     assert_same(net.penalty(inputs, probes, None), reference, [*net.leaves, inputs])
@@ -170,12 +171,12 @@ def test_weights_that_classes_have_in_common_cost_no_digits(probed: bool) -> Non
 def test_exact_form_of_wide_layers() -> None:
     """Several strips of units, the last one narrower."""
     th.manual_seed(0)
-    net = Net.random(5, [2 * gpld.STRIP + 5], classes=3, rows=2)
+    net = Net.random(5, [2 * gpld_exact.STRIP + 5], classes=3, rows=2)
     inputs = th.randn(3, 5, dtype=th.float64).requires_grad_()
     assert_same(net.penalty(inputs, None, None), frobenius(net, inputs, th.arange(2)), [*net.leaves, inputs])
 
 
-@pytest.mark.parametrize("hidden", [[gpld.STRIP + 3], [5, gpld.STRIP + 3]])
+@pytest.mark.parametrize("hidden", [[gpld_exact.STRIP + 3], [5, gpld_exact.STRIP + 3]])
 @pytest.mark.parametrize("probed", [True, False])
 def test_it_is_captured_whole(probed: bool, hidden: list[int]) -> None:
     """As one graph, values and gradients are the same."""

@@ -1,0 +1,152 @@
+"""Arguments of the commands: what is read of rl_zoo3's options, what is taken out, and the hyperparameter file they name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gymnasium as gym
+
+from sb3_dreamer_gpld.zoo.check import read_yaml, unknown
+
+NAME = "dreamer_gpld"  # of the algorithm, for --algo
+DEFAULT_ENV = "CartPole-v1"  # Inside rl_zoo3: what its scripts take without --env
+# Beside this file in an installed package, at the top of a checkout
+CONFIGS = next(
+    (folder for parent in Path(__file__).parents[1:3] if (folder := parent / "zoo_configs").is_dir()),
+    Path("zoo_configs"),
+)
+
+
+def fail(message: str) -> NoReturn:
+    """End with ``message`` on the standard error and exit status 1."""
+    raise SystemExit(f"dreamer-gpld: {message}")
+
+
+def parse(args: list[str], *names: str) -> argparse.Namespace:
+    """Read some of rl_zoo3's options; the others are left to rl_zoo3. What is not given is None.
+
+    :param args: the command's arguments
+    :param names: further options to read, by their name in the result
+    :return: the options, with ``env_given``: whether the environment was named
+    """
+    from rl_zoo3.utils import StoreDict
+
+    # Inside rl_zoo3: the options of its scripts
+    known: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "folder": (["-f", "--folder"], {}),
+        "conf_file": (["-conf", "--conf-file"], {}),
+        "hyperparams": (["-params", "--hyperparams"], dict(nargs="+", action=StoreDict)),
+        "trained_agent": (["-i", "--trained-agent"], {}),
+        "env_kwargs": (["--env-kwargs"], dict(nargs="+", action=StoreDict)),
+        "exp_id": (["--exp-id"], dict(type=int, default=0)),
+        "load_best": (["--load-best"], dict(action="store_true")),
+        "load_checkpoint": (["--load-checkpoint"], dict(type=int)),
+        "load_last_checkpoint": (["--load-last-checkpoint"], dict(action="store_true")),
+        "no_render": (["--no-render"], dict(action="store_true")),
+        "organization": (["-orga", "--organization"], {}),
+    }
+    parser = argparse.ArgumentParser(prog="dreamer-gpld", add_help=False)
+    parser.add_argument("--algo")
+    parser.add_argument("--env")
+    parser.add_argument("--gym-packages", nargs="+", default=[])
+    for name in names:
+        flags, settings = known[name]
+        parser.add_argument(*flags, dest=name, **settings)
+    try:
+        options = parser.parse_known_args(args)[0]
+    except Exception as error:  # whatever the values do: rl_zoo3 evaluates them
+        fail(f"{error}. -params and --env-kwargs take name:value, the value in Python: train_ratio:64 model_size:\"'1m'\"")
+    options.env_given, options.env = options.env is not None, options.env or DEFAULT_ENV
+    return options
+
+
+def say_environment(options: argparse.Namespace) -> None:
+    """Print which environment is taken if none was named.
+
+    :param options: of :func:`parse`
+    """
+    if not options.env_given:
+        print(f"--env was not given, so the environment is {options.env}")
+
+
+def take(args: list[str], flag: str, **settings: Any) -> tuple[Any, list[str]]:
+    """Take an option that rl_zoo3's script does not have out of the arguments.
+
+    :return: its value, and the other arguments in their order
+    """
+    parser = argparse.ArgumentParser(prog="dreamer-gpld", add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", **settings)
+    found, rest = parser.parse_known_args(args)
+    return found.value, rest
+
+
+def asks_for_help(args: list[str]) -> bool:
+    return "-h" in args or "--help" in args
+
+
+@contextlib.contextmanager
+def given_arguments(command: str, args: list[str]) -> Iterator[None]:
+    """Let the scripts of rl_zoo3 find ``args`` where they look for them."""
+    before = sys.argv
+    sys.argv = [f"dreamer-gpld {command}", *args]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def find_config(given: str | None) -> str:
+    """File of hyperparameters: as given, or one that comes with the package, by its name.
+
+    :raises SystemExit: there is no such file
+    """
+    if given is None:
+        return str(CONFIGS / f"{NAME}.yml")
+    shipped = CONFIGS / Path(given).with_suffix(".yml").name
+    if Path(given).is_file():
+        return given
+    if Path(given).parent.name in ("", "zoo_configs") and Path(given).suffix in ("", ".yml") and shipped.is_file():
+        return str(shipped)
+    if not given.endswith((".yml", ".yaml", ".py")):
+        return given  # rl_zoo3 also takes the name of a Python module
+    fail(unknown("the file", given, sorted(path.name for path in CONFIGS.glob("*.yml"))))
+
+
+def choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:
+    """The entry of a YAML file that rl_zoo3 will use for an environment.
+
+    :raises SystemExit: the file cannot be read, or has none
+    """
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    entries, problems = read_yaml(file)
+    if problems:
+        fail("\n".join(problems))
+    # Inside rl_zoo3: which entry it takes
+    is_atari = ExperimentManager.is_atari(env_id)
+    name = next((name for name in (env_id, "atari" if is_atari else "default") if name in entries), None)
+    if name is None:
+        hint = ". For Atari games it can also be 'atari'" if is_atari else ""
+        fail(unknown(f"{file}: the entry", env_id, entries) + hint)
+    if not isinstance(entries[name], dict):
+        fail(f"{file}, {name}: an entry is a list of 'key: value' lines, not {entries[name]!r}")
+    return name, dict(entries[name])
+
+
+def find_wrapper(conf_file: str, env_id: str) -> Callable[[gym.Env], gym.Env] | None:
+    """Wrappers of the environment in a hyperparameter file.
+
+    :raises SystemExit: the file is wrong, or has wrappers around the vectorised environment too
+    """
+    from rl_zoo3.utils import get_wrapper_class
+
+    name, entry = choose_entry(find_config(conf_file), env_id)
+    for key in ("frame_stack", "normalize", "vec_env_wrapper"):
+        if entry.get(key):
+            fail(f"{conf_file}, {name}: diagnose knows env_wrapper only, not {key}")
+    return get_wrapper_class(entry)

@@ -1,0 +1,97 @@
+"""Learning curves and their statistics."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_dreamer_gpld.zoo import main as zoo
+from sb3_dreamer_gpld.zoo import plot
+
+
+def _write_runs(folder: Path, task: str, seeds: int, final: float, evaluations: int = 4) -> None:
+    for seed in range(1, seeds + 1):
+        run = folder / "dreamer_gpld" / f"{task}_{seed}"
+        run.mkdir(parents=True)
+        steps = 100 * np.arange(1, evaluations + 1)
+        returns = final * steps / steps[-1] + np.array([[-10.0, 10.0]]).T.repeat(evaluations, 1) + seed
+        np.savez(run / "evaluations.npz", timesteps=steps, results=returns.T)
+
+
+def test_plot_draws_tasks_and_aggregate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, final in (("a", 800.0), ("b", 600.0)):
+        _write_runs(folder / name, "dm_control-walker-walk-v0", seeds=3, final=final)
+        _write_runs(folder / name, "dm_control-ball_in_cup-catch-v0", seeds=2, final=final, evaluations=5)
+        _write_runs(folder / name, "Pendulum-v1", seeds=1, final=-200.0)
+    zoo.main(["plot", "-f", "a", "b", "-l", "GPLD", "DreamerV3", "--reps", "50", "-o", "pictures"])
+    names = {path.name for path in (folder / "pictures").iterdir()}
+    tasks = {"dm_control-walker-walk-v0.png", "dm_control-ball_in_cup-catch-v0.png", "Pendulum-v1.png"}
+    assert names == tasks | {"aggregate.png"}
+    assert all((folder / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    zoo.main(["plot", "-f", "a", "-e", "Pendulum-v1", "--reps", "10", "-o", "one"])
+    assert [path.name for path in (folder / "one").iterdir()] == ["Pendulum-v1.png"]
+    assert "No aggregate" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no evaluated run of Foo-v1 in a"):
+        zoo.main(["plot", "-f", "a", "-e", "Foo-v1"])
+    with pytest.raises(SystemExit):
+        zoo.main(["plot", "-f", "a", "b", "-l", "one"])
+
+
+def test_plot_reads_what_train_logged(trained: Path) -> None:
+    runs = plot.read_runs([str(trained / "logs")], ["x"], ["dreamer_gpld"])
+    ((steps, returns),) = runs["Pendulum-v1"]["x"]
+    assert steps.tolist() == [75, 150] and returns.shape == (2,)
+
+
+def test_statistics() -> None:
+    scores = np.array([[[0.0], [0.4]], [[0.2], [2.0]]])  # 2 seeds, 2 tasks, 1 step
+    assert plot.mean(scores) == pytest.approx([0.65])
+    assert plot.median(scores) == pytest.approx([0.65])  # of 0.1 and 1.2
+    assert plot.interquartile_mean(scores) == pytest.approx([0.3])
+    assert plot.optimality_gap(scores) == pytest.approx([1 - 0.4])
+
+
+def test_interval_is_stratified_by_task() -> None:
+    style = plot.Style(size=0.9, reps=500)
+    # No spread within the tasks: however different the tasks are, there is no uncertainty
+    constant = np.repeat([[[0.1], [0.9]]], 4, 0)
+    assert plot.interval(constant, plot.mean, style)[:, 0] == pytest.approx([0.5, 0.5])
+    normal = np.random.default_rng(0).normal(size=(100, 1, 1))
+    low, high = plot.interval(normal, plot.mean, style)[:, 0]
+    assert high - low == pytest.approx(2 * 1.645 * normal.std() / 10, rel=0.15)
+
+
+def test_curves_end_with_the_shortest_run(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [plot.Run(np.array([10, 20, 30]), np.arange(3.0)), plot.Run(np.array([5, 15, 25, 28]), np.arange(4.0))]
+    steps = plot._common_steps(runs)
+    assert steps.tolist() == [10, 20]
+    assert plot._at(steps, runs) == pytest.approx(np.array([[0, 1], [0.5, 1.5]]))
+    assert "Drawn up to 28 steps" in capsys.readouterr().out
+
+
+def test_curves_are_labelled_by_algorithm_and_file(trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = str(trained / "logs")
+    assert list(plot.read_runs([logs], None, ["dreamer_gpld"])["Pendulum-v1"]) == ["dreamer_gpld, small.yml"]
+    _write_runs(folder / "other", "Pendulum-v1", seeds=2, final=-200.0)  # without a record of how they were trained
+    runs = plot.read_runs([logs, "other"], None, ["dreamer_gpld"])["Pendulum-v1"]
+    assert {label: len(of_label) for label, of_label in runs.items()} == {
+        f"{logs}: dreamer_gpld, small.yml": 1,
+        "other: dreamer_gpld": 2,
+    }
+    assert list(plot.read_runs([logs], ["mine"], ["dreamer_gpld"])["Pendulum-v1"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - a/b.yml\n", "b.yml"),
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - null\n", ""),
+        ("!!python/object/apply:os.mkdir [ran]\n", ""),
+        ("!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n", ""),
+    ],
+)
+def test_recorded_arguments_run_no_code(folder: Path, text: str, expected: str) -> None:
+    (folder / "run" / "Pendulum-v1").mkdir(parents=True)
+    (folder / "run" / "Pendulum-v1" / "args.yml").write_text(text)
+    assert plot._hyperparameter_file(folder / "run") == expected
+    assert not (folder / "ran").exists()
