@@ -36,9 +36,9 @@ def losses(args: argparse.Namespace, precision: str, seed: int) -> dict[str, flo
         seed=seed,
     )
     model.train(args.updates - LAST, model.batch_size)
-    model._metric_sums, model._metric_count = {}, 0
+    model.learner.metrics.take()
     model.train(LAST, model.batch_size)
-    return {name: float(total) / LAST for name, total in model._metric_sums.items() if name.startswith("loss/")}
+    return {name: value for name, value in model.learner.metrics.take().items() if name.startswith("loss/")}
 
 
 def main() -> None:

@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-import io
-import os
-import pickle
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
-from torch import Tensor
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import ActionSpec, PenaltyConfig, check_int, check_range, dynamics_share, entropy_target
-from sb3_dreamer_gpld.envs import blamed_environment, lost_processes, registered
-from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, compile_steps, is_compiled, resolve_precision
-from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
-from sb3_dreamer_gpld.nets.gpld import penalty_weight
-from sb3_dreamer_gpld.nets.rssm import States
-from sb3_dreamer_gpld.nets.world_model import Batch, WorldModelDraws
-from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.envs import check_finite, check_normalization, naming_environments, registered
+from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES
+from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
+from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
-from sb3_dreamer_gpld.saving import (
-    FORMAT_VERSION,
-    atomic_file,
-    check_model_file,
-    module_tensors,
-    restore_rng,
-    rng_states,
-)
+from sb3_dreamer_gpld.resumable import ResumableAlgorithm
+from sb3_dreamer_gpld.saving import restore_rng
 
 SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
 
 
-class Loss(NamedTuple):
-    """Result of :meth:`DreamerGPLD.loss`.
-
-    :param total: weighted sum of the losses, a scalar with gradient
-    :param losses: every loss by name before its weight, each (B, T) or (B, T − 1)
-    :param weights: weight of every loss by name
-    :param states: posterior states of the batch
-    :param metrics: further scalars to log
-    :param running: what actor and critic remember after this batch
-    """
-
-    total: Tensor
-    losses: dict[str, Tensor]
-    weights: dict[str, float]
-    states: States
-    metrics: dict[str, Tensor]
-    running: Running
-
-
-class DreamerGPLD(OffPolicyAlgorithm):
+class DreamerGPLD(ResumableAlgorithm):
     """DreamerV3 (Hafner et al., Nature 2025) with the GPLD Jacobian penalty (Sonigra & Kumar 2026, arXiv 2605.23089).
 
     A recurrent world model is learned from replayed sequences; actor and critic are learned on rollouts that it
@@ -130,6 +94,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
     }
     policy: DreamerPolicy
     replay_buffer: SequenceReplayBuffer | None
+    learner: Learner
+    learner_class: ClassVar[type[Learner]] = Learner  # a subclass may name another
 
     def __init__(
         self,
@@ -185,7 +151,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
             batch_size=batch_size,
             gamma=gamma,
             train_freq=train_freq,
-            gradient_steps=gradient_steps,  # type: ignore[arg-type]
+            gradient_steps=gradient_steps,
             action_noise=action_noise,
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
@@ -222,17 +188,9 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self.penalty_start = penalty_start
         self.precision = precision
         self.compile = compile
-        # Replayed steps that are due but make no whole update yet.
-        self._update_credit = 0.0
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
-        self.format_version = FORMAT_VERSION
-        self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
+        self.update_ratio = UpdateRatio()
         self._state: RecurrentState | None = None
-        self._metric_sums: dict[str, Tensor] = {}
-        self._metric_count = 0
-        # Of each update since the last look: its number, the names of its losses, and flags (losses + 1,) of what was not
-        # finite, the gradient last
-        self._faults: list[tuple[int, tuple[str, ...], Tensor]] = []
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
         self.num_frames = 0
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
@@ -259,7 +217,8 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._make_replay_buffer()
         self._convert_train_freq()
         self._state = None  # the number of environments may have changed in load()
-        self._metric_sums, self._metric_count, self._faults = {}, 0, []
+        self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
+        self.learner = self.learner_class(self.policy, self._learner_config())
 
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
@@ -343,13 +302,18 @@ class DreamerGPLD(OffPolicyAlgorithm):
         rates = [self.learning_rate] if self.actor_learning_rate is None else [self.learning_rate, self.actor_learning_rate]
         self._lr_schedules = [FloatSchedule(rate) for rate in rates]  # of the optimiser's groups
 
-    @property
-    def objective(self) -> Objective:
-        """What actor and critic are trained for."""
+    def _learner_config(self) -> LearnerConfig:
+        """What updates have in common, from the present values of the attributes."""
         actions = self.policy.action_spec
         ent_coef, target_entropy = entropy_target(self.ent_coef, self.target_entropy, actions)
         share = dynamics_share(self.actor_gradient, actions)
-        return Objective(self.gamma, self.return_lambda, ent_coef, target_entropy, share, self.imagination_starts)
+        return LearnerConfig(
+            objective=Objective(self.gamma, self.return_lambda, ent_coef, target_entropy, share, self.imagination_starts),
+            penalty=self.penalty,
+            imagination_horizon=self.imagination_horizon,
+            learning_rate_warmup=self.learning_rate_warmup,
+            precision=self.precision,
+        )
 
     # ----------------------------------------------------------------------------------------- collecting
 
@@ -385,7 +349,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        self._check_finite(new_obs, reward, infos)
+        check_finite(self.num_timesteps, new_obs, reward, infos)
         assert isinstance(replay_buffer, SequenceReplayBuffer) and self._state is not None
         assert self._last_episode_starts is not None
         replay_buffer.stage(
@@ -394,35 +358,6 @@ class DreamerGPLD(OffPolicyAlgorithm):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self.num_frames += sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
-
-    def _check_finite(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        reward: np.ndarray | None = None,
-        infos: list[dict[str, Any]] | None = None,
-    ) -> None:
-        """:raises ValueError: NaN or infinity; names the key, the environment's index and the step"""
-
-        def check(name: str, values: np.ndarray, first_env: int = 0) -> None:
-            values = np.asarray(values)
-            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-                finite = np.isfinite(values.reshape(len(values), -1)).all(1)
-                env = first_env + int(np.flatnonzero(~finite)[0])
-                raise ValueError(
-                    f"{name} of environment {env} is not finite at step {self.num_timesteps}: {values[env - first_env]}. "
-                    "Allowed: finite numbers. Nothing of this step was stored"
-                )
-
-        by_key = observation if isinstance(observation, dict) else {"": observation}
-        for key, values in by_key.items():
-            check(f"observation {key!r}" if key else "the observation", values)
-        if reward is not None:
-            check("the reward", reward)
-        for env, info in enumerate(infos or ()):
-            terminal = info.get("terminal_observation")
-            if terminal is not None:
-                for key, value in (terminal if isinstance(terminal, dict) else {"": terminal}).items():
-                    check(f"terminal observation {key!r}" if key else "the terminal observation", np.asarray(value)[None], env)
 
     # ------------------------------------------------------------------------------------------- learning
 
@@ -448,7 +383,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
-        with self._naming_environments():
+        with naming_environments(self):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
@@ -457,11 +392,11 @@ class DreamerGPLD(OffPolicyAlgorithm):
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
-        self._check_normalization()
-        self._check_finite(self._last_obs)
+        check_normalization(self._vec_normalize_env, self.observation_space)
+        check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         while self.num_timesteps < total_timesteps:
-            with self._naming_environments():
+            with naming_environments(self):
                 rollout = self.collect_rollouts(
                     self.env,
                     train_freq=self.train_freq,
@@ -481,25 +416,6 @@ class DreamerGPLD(OffPolicyAlgorithm):
         callback.on_training_end()
         return self
 
-    @contextmanager
-    def _naming_environments(self) -> Iterator[None]:
-        """Errors of environments say which one it was: as a note, from Python 3.11 on.
-
-        :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it
-        """
-        try:
-            yield
-        except (EOFError, ConnectionError) as error:
-            lost = "" if self.env is None else lost_processes(self.env)
-            if not lost:
-                raise
-            raise RuntimeError(f"At step {self.num_timesteps} {lost}") from error
-        except Exception as error:
-            blamed = "" if self.env is None else blamed_environment(error, self.env)
-            if blamed and hasattr(error, "add_note"):
-                error.add_note(f"It was raised at step {self.num_timesteps} by {blamed}")
-            raise
-
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
         if not reset_num_timesteps:
@@ -515,21 +431,6 @@ class DreamerGPLD(OffPolicyAlgorithm):
                 )
         self._rng_states = None
 
-    def _check_normalization(self) -> None:
-        """:raises ValueError: a wrapper outside VecNormalize changes the shape, so that what is stored cannot be normalised"""
-        if self._vec_normalize_env is None:
-            return
-
-        def shapes(space: spaces.Space) -> Any:
-            return {k: s.shape for k, s in space.items()} if isinstance(space, spaces.Dict) else space.shape
-
-        inner, outer = shapes(self._vec_normalize_env.observation_space), shapes(self.observation_space)
-        if inner != outer:
-            raise ValueError(
-                f"VecNormalize sees observations of shape {inner}, the algorithm {outer}. VecNormalize must be the outermost "
-                "of the wrappers that change the shape: VecNormalize(VecTransposeImage(VecFrameStack(env)))"
-            )
-
     def _compile_if_it_pays(self, steps: int) -> None:
         """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""
         if self.compile == "auto":
@@ -539,11 +440,12 @@ class DreamerGPLD(OffPolicyAlgorithm):
             wanted = steps * per_step >= AUTO_COMPILE_UPDATES
         else:
             wanted = bool(self.compile)
-        if wanted and not is_compiled(self.policy):
+        execution = self.learner.execution
+        if wanted and not execution.compiled:
             if self.verbose >= 1:
                 print("Compiling the update: the first one takes one to four minutes (compile=False turns this off)")
             # The exact norm's strips would be as many kernels, and its products are as fast uncompiled.
-            compile_steps(self.policy, leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
+            execution.compile(leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
@@ -556,11 +458,7 @@ class DreamerGPLD(OffPolicyAlgorithm):
         stored = int(self.replay_buffer.stored_rows().sum())
         if stored <= min(self.learning_starts, capacity * self.n_envs - 1) or not self.replay_buffer.has_window():
             return 0
-        self._update_credit += steps * self.train_ratio
-        replayed = self.batch_size * self.batch_length
-        updates = int(self._update_credit // replayed)
-        self._update_credit -= updates * replayed
-        return updates
+        return self.update_ratio.due(steps, self.train_ratio, self.batch_size * self.batch_length)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Make updates from replayed windows.
@@ -571,112 +469,29 @@ class DreamerGPLD(OffPolicyAlgorithm):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        world_model, actor_critic = self.policy.world_model, self.policy.actor_critic
-        self._faults = []
         if self.num_timesteps < self.penalty_start and self._n_updates <= self._penalty_update:
             self._penalty_update = self._n_updates + gradient_steps
+        learner = self.learner
+        learner.config = self._learner_config()
+        learner.faults.clear()
+        rates = [schedule(self._current_progress_remaining) for schedule in self._lr_schedules]
         for _ in range(gradient_steps):
             samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             batch = self.policy.to_batch(samples)
-            sequences, steps = batch.rewards.shape
-            states = self.update(
-                batch,
-                world_model.draw(sequences, steps, self.penalty),
-                actor_critic.draw(sequences * min(steps, self.imagination_starts or steps), self.imagination_horizon),
-            )
+            states = learner.update(batch, learner.draw(*batch.rewards.shape), self._n_updates, rates)
+            self._n_updates += 1
             self.replay_buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
-        self._raise_faults()
+        learner.faults.raise_faults()
         for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
             self.logger.record(f"train/{name}", group["lr"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def update(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> States:
-        """One update of all parameters, without waiting for the device anywhere.
-
-        A loss or gradient that is not finite leaves the parameters as they are; :meth:`train` finds out at its end.
-
-        :param batch: replayed sequences
-        :param world_draws, imagination_draws: every random number that the update needs
-        :return: posterior states of the batch without gradient, with which the stored ones are refreshed
-        """
-        warmup = min(1.0, self._n_updates / self.learning_rate_warmup) if self.learning_rate_warmup else 1.0
-        for group, schedule in zip(self.policy.optimizer.param_groups, self._lr_schedules, strict=True):
-            group["lr"] = warmup * schedule(self._current_progress_remaining)
-        dtype = resolve_precision(self.precision, self.device)
-        with th.autocast(self.device.type, dtype, enabled=dtype != th.float32):
-            result = self.loss(batch, world_draws, imagination_draws)
-        self.policy.optimizer.zero_grad(set_to_none=True)
-        result.total.backward()
-        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
-        means = {name: mean(loss.detach()) for name, loss in result.losses.items()}
-        faults = ~th.isfinite(th.stack([*means.values(), grad_norm]))  # (losses + 1,)
-        fault = faults.any()
-        for grad in grads:
-            grad.masked_fill_(fault, 0.0)
-        if isinstance(self.policy.optimizer, LaProp):  # any other goes on with its momentum alone
-            self.policy.optimizer.found_inf = fault.float()
-        self.policy.optimizer.step()
-        self.policy.actor_critic.update_slow_value(1.0 - fault.float())
-        self.policy.actor_critic.keep(result.running, fault)
-        self._faults.append((self._n_updates, tuple(means), faults))
-        self._n_updates += 1
-        self._collect_metrics(result, means, grad_norm)
-        return States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
-
-    def loss(self, batch: Batch, world_draws: WorldModelDraws, imagination_draws: ImaginationDraws) -> Loss:
-        """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
-        world_model, actor_critic, penalty = self.policy.world_model, self.policy.actor_critic, self.penalty
-        losses, states = world_model.loss(batch, world_draws, penalty, self.gamma)
-        more, metrics, running = actor_critic.loss(world_model, batch, states, imagination_draws, self.objective)
-        losses.update(more)
-        weights = {name: self._loss_weight(name, penalty) for name in losses}
-        total = sum((weights[name] * mean(loss) for name, loss in losses.items()), th.zeros((), device=self.device))
-        return Loss(total, losses, weights, states, metrics, running)
-
-    def _loss_weight(self, name: str, penalty: PenaltyConfig) -> float:
-        if name.endswith("_penalty"):
-            return penalty_weight(penalty, getattr(penalty, name.removesuffix("_penalty")), self._n_updates)
-        return getattr(self.policy.config, f"{name.split('/')[0]}_weight")
-
-    def _raise_faults(self) -> None:
-        """Look at the flags of the updates made since the last time.
-
-        :raises FloatingPointError: names the first update with a loss or gradient that was not finite, and the losses
-        """
-        faults, self._faults = self._faults, []
-        if not faults or not th.stack([flags for _, _, flags in faults]).any():
-            return
-        update, names, flags = next(entry for entry in faults if entry[2].any())
-        bad = [name for name, flag in zip(names, flags.tolist(), strict=False) if flag]
-        what = f"the losses {', '.join(bad)}" if bad else "the gradient"
-        raise FloatingPointError(
-            f"Update {update}: {what} became not finite; the parameters were not changed. "
-            "Look for extreme rewards or observations, or lower the learning rate"
-        )
-
     # ------------------------------------------------------------------------------------------- logging
-
-    def _collect_metrics(self, result: Loss, means: dict[str, Tensor], grad_norm: Tensor) -> None:
-        """Add to the sums that :meth:`dump_logs` averages; nothing is read from the device here."""
-        values = {f"loss/{name.rstrip('/')}": value for name, value in means.items()}
-        values["loss/total"] = result.total.detach()
-        values["train/grad_norm"] = grad_norm
-        values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
-        for name, weight in result.weights.items():
-            if name.endswith("_penalty"):
-                kind = name.removesuffix("_penalty")
-                values[f"gpld/{kind}_lambda"] = th.as_tensor(weight)
-                values[f"gpld/{kind}_penalty"] = values.pop(f"loss/{name}")
-        for name, value in values.items():
-            self._metric_sums[name] = self._metric_sums[name] + value if name in self._metric_sums else value
-        self._metric_count += 1
 
     def dump_logs(self) -> None:
         """Write the log: means of every metric over the updates since the last time, and the share of time they took."""
-        for name, total in self._metric_sums.items():
-            self.logger.record(name, total.item() / self._metric_count)
-        self._metric_sums, self._metric_count = {}, 0
+        for name, value in self.learner.metrics.take().items():
+            self.logger.record(name, value)
         now = time.perf_counter()
         self.logger.record("time/update_share", self._update_seconds / max(now - self._logged_at, 1e-9))
         self._update_seconds, self._logged_at = 0.0, now
@@ -684,140 +499,12 @@ class DreamerGPLD(OffPolicyAlgorithm):
             self.logger.record("time/frames", self.num_frames)
         super().dump_logs()
 
-    # -------------------------------------------------------------------------------------------- saving
-
-    def save(
-        self,
-        path: str | os.PathLike[str] | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Save everything but the replay buffer, the states of the random generators included.
-
-        :param path: name of the file, which appears when it is complete; ".zip" is added
-        :param exclude: further attributes to leave out
-        :param include: attributes to keep that are usually left out
-        :raises OSError: it could not be written; names the file. One that was there before is unchanged
-        """
-        self._rng_states = rng_states(self.device)
-        try:
-            with atomic_file(path, "zip") as file:
-                super().save(file, exclude, include)  # type: ignore[arg-type]
-        finally:
-            self._rng_states = None
-
-    @classmethod
-    def load(
-        cls: type[SelfDreamerGPLD],
-        path: str | os.PathLike[str] | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfDreamerGPLD:
-        """Load a model. With ``load_replay_buffer`` and ``learn(..., reset_num_timesteps=False)`` a run saved at an
-        episode's end goes on bit for bit as if it had not stopped.
-
-        A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
-
-        :raises FileNotFoundError: there is no such file
-        :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces than ``env``
-        :raises RuntimeError: nets of another size are asked for than those of the file
-        """
-        check_model_file(path)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """Load parameters, as in SB3.
-
-        :raises RuntimeError: they belong to nets of another size or other spaces; names the first tensors that differ
-        :raises ValueError: the actor had a learning rate of its own there and has none here, or the other way round
-        """
-        try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-        except ValueError as error:
-            if "parameter groups" not in str(error):
-                raise
-            given = "None" if self.actor_learning_rate is None else "given"
-            raise ValueError(
-                f"The optimiser of this file has other groups than this model's, whose actor_learning_rate is {given}. "
-                "Allowed: the same choice, None or a learning rate, as when the file was saved; or take single modules by "
-                "load_modules"
-            ) from error
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
-            raise RuntimeError(  # the type that SB3 raises
-                f"These parameters belong to a model of another size or of other spaces than this one (model_size="
-                f"{self.model_size!r}). Load the file with DreamerGPLD.load and without model_size or policy_kwargs, or take "
-                f"over single modules by load_modules. The differences: {str(error)[:500]}"
-            ) from error
-
-    def load_modules(self, path: str | os.PathLike[str] | io.BufferedIOBase, modules: Sequence[str]) -> None:
-        """Warm start: take single modules from a saved model; all else stays as it is, the optimiser included.
-
-        :param path: a file of :meth:`save`
-        :param modules: some of "encoder", "rssm", "decoder", "reward", "continue", "actor", "critic"
-        :raises ValueError: an unknown name, or tensors of other shapes; nothing is loaded then
-        """
-        check_model_file(path)
-        _, params, _ = load_from_zip_file(path, load_data=False, device=self.device)  # type: ignore[arg-type]
-        tensors = module_tensors(params["policy"], self.policy.state_dict(), modules)  # type: ignore[arg-type]
-        self.policy.load_state_dict(tensors, strict=False)
-
-    def save_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
-        """Save the replay buffer, as far as it is filled.
-
-        :param path: name of the file, which appears when it is complete; ".pkl" is added
-        :raises OSError: it could not be written; names the file. One that was there before is unchanged
-        """
-        with atomic_file(path, "pkl") as file:
-            super().save_replay_buffer(file)  # type: ignore[arg-type]
-
-    def load_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
-
-        :param path: a file of :meth:`save_replay_buffer`
-        :param truncate_last_traj: for SB3's HER buffer; without effect here
-        :raises ValueError: it is truncated, or of another number of environments, other spaces or other sizes of the
-            recurrent state; the present buffer is kept
-        """
-        present = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
-        except (EOFError, pickle.UnpicklingError, AssertionError) as error:
-            self.replay_buffer = present
-            raise ValueError(f"{path} is no replay buffer, or a truncated one: {error}") from error
-        loaded, config = self.replay_buffer, self.policy.config
-        self.replay_buffer = present
-        if not isinstance(loaded, SequenceReplayBuffer):
-            raise ValueError(f"{path} holds a {type(loaded).__name__}; allowed: SequenceReplayBuffer")
-        for name, its, ours in (
-            ("observation space", loaded.observation_space, self.observation_space),
-            ("action space", loaded.action_space, self.action_space),
-            ("number of environments", loaded.n_envs, self.n_envs),
-            ("deter", loaded.deter_size, config.deter),
-            ("stoch", loaded.stoch_size, config.stoch),
-        ):
-            if its != ours:
-                raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
-        self.replay_buffer = loaded
-
     def _excluded_save_params(self) -> list[str]:
-        own = ["_state", "_lr_schedules", "_metric_sums", "_metric_count", "_faults", "_update_seconds", "_logged_at"]
+        own = ["_state", "_lr_schedules", "learner", "update_ratio", "_update_seconds", "_logged_at"]
         return [*super()._excluded_save_params(), *own]
+
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), "_update_credit": self.update_ratio.credit}
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
-
-
-def mean(loss: Tensor) -> Tensor:
-    """Mean over all entries; 0 for an empty tensor (windows of a single step have no transition)."""
-    return loss.sum() / max(1, loss.numel())

@@ -1,4 +1,4 @@
-"""Environment helpers: repeated actions, dm_control tasks through Shimmy, and what became of environment processes.
+"""Environment helpers: repeated actions, dm_control tasks through Shimmy, and what is wrong with what environments give.
 
 The wrappers take plain numbers and lists only, so that a hyperparameter file of rl_zoo3 can name them::
 
@@ -10,7 +10,8 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 import difflib
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection
 from numbers import Integral
 from typing import Any, SupportsFloat
@@ -19,7 +20,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 _DM_CONTROL = "dm_control/"
 
@@ -233,6 +235,84 @@ def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
             name = f"observation {key!r}" if key else "the observation"
             return f"{name}: expected shape {part.shape}, received {np.shape(values[key])}"
     return ""
+
+
+@contextmanager
+def naming_environments(algorithm: BaseAlgorithm) -> Iterator[None]:
+    """Errors of an algorithm's environments say which one it was: as a note, from Python 3.11 on.
+
+    :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it
+    """
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        lost = "" if algorithm.env is None else lost_processes(algorithm.env)
+        if not lost:
+            raise
+        raise RuntimeError(f"At step {algorithm.num_timesteps} {lost}") from error
+    except Exception as error:
+        blamed = "" if algorithm.env is None else blamed_environment(error, algorithm.env)
+        if blamed and hasattr(error, "add_note"):
+            error.add_note(f"It was raised at step {algorithm.num_timesteps} by {blamed}")
+        raise
+
+
+def check_finite(
+    step: int,
+    observation: np.ndarray | dict[str, np.ndarray],
+    reward: np.ndarray | None = None,
+    infos: list[dict[str, Any]] | None = None,
+) -> None:
+    """Refuse what no net can learn from.
+
+    :param step: of the agent
+    :param observation: of N environments, (N, *shape), or by key
+    :param reward: (N,)
+    :param infos: of each environment; they may have an episode's last observation
+    :raises ValueError: NaN or infinity; names the key, the environment's index and the step
+    """
+
+    def check(name: str, values: np.ndarray, first_env: int = 0) -> None:
+        values = np.asarray(values)
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            finite = np.isfinite(values.reshape(len(values), -1)).all(1)
+            env = first_env + int(np.flatnonzero(~finite)[0])
+            raise ValueError(
+                f"{name} of environment {env} is not finite at step {step}: {values[env - first_env]}. "
+                "Allowed: finite numbers. Nothing of this step was stored"
+            )
+
+    by_key = observation if isinstance(observation, dict) else {"": observation}
+    for key, values in by_key.items():
+        check(f"observation {key!r}" if key else "the observation", values)
+    if reward is not None:
+        check("the reward", reward)
+    for env, info in enumerate(infos or ()):
+        terminal = info.get("terminal_observation")
+        if terminal is not None:
+            for key, value in (terminal if isinstance(terminal, dict) else {"": terminal}).items():
+                check(f"terminal observation {key!r}" if key else "the terminal observation", np.asarray(value)[None], env)
+
+
+def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]) -> None:
+    """What is stored must be what VecNormalize sees, so that it can be normalised when it is replayed.
+
+    :param normalize: among the wrappers, if there is one
+    :param space: of the observations that the algorithm sees
+    :raises ValueError: a wrapper outside VecNormalize changes the shape
+    """
+    if normalize is None:
+        return
+
+    def shapes(space: spaces.Space[Any]) -> Any:
+        return {k: s.shape for k, s in space.items()} if isinstance(space, spaces.Dict) else space.shape
+
+    inner, outer = shapes(normalize.observation_space), shapes(space)
+    if inner != outer:
+        raise ValueError(
+            f"VecNormalize sees observations of shape {inner}, the algorithm {outer}. VecNormalize must be the outermost "
+            "of the wrappers that change the shape: VecNormalize(VecTransposeImage(VecFrameStack(env)))"
+        )
 
 
 def registered(env: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch as th
+from torch import nn
 
-from sb3_dreamer_gpld.policies import DreamerPolicy
+from sb3_dreamer_gpld.nets.steps import Runner, SteppedModule
 
 # Compiling takes one to four minutes on two processor cores and saves a good part of each update of some hundred
 # milliseconds, so it pays after about so many updates.
@@ -42,74 +43,70 @@ def has_fast_bfloat16(device: th.device) -> bool:
     return False
 
 
-class CompiledStep:
-    """A compiled function that falls back to the plain one if it cannot be compiled.
-
-    :param function: the plain function
-    """
-
-    failed = False  # one failure is enough: the others would fail for the same reason
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.plain = function
-        self.compiled = th.compile(function, fullgraph=True, dynamic=False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if CompiledStep.failed:
-            return self.plain(*args, **kwargs)
-        try:
-            return self.compiled(*args, **kwargs)
-        except Exception as error:
-            if not is_compiler_error(error):
-                raise
-            CompiledStep.failed = True
-            warnings.warn(f"torch.compile failed, so training goes on uncompiled: {str(error)[:500]}", stacklevel=2)
-            return self.plain(*args, **kwargs)
-
-
 def is_compiler_error(error: BaseException) -> bool:
     """Whether an exception comes from torch.compile and not from what it compiled."""
     module = type(error).__module__
     return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
 
 
-STEPS = {
-    "world_model": ("encode_targets", "replay_losses", "penalty_losses"),
-    "world_model.rssm": ("_posterior_steps", "_prior_step"),
-    "actor_critic": ("policy_outputs", "value_step", "prediction_step", "value_loss_step"),
-}
+class Execution(Runner):
+    """Runs the steps of one model's nets, compiled if :meth:`compile` was called. It is the runner of all of them.
 
-
-def compile_steps(policy: DreamerPolicy, leave_out: Collection[str] = ()) -> None:
-    """Replace the functions that an update is made of by compiled ones. Calling it again changes nothing.
-
-    :param policy: owner of the functions in :data:`STEPS`
-    :param leave_out: names of functions that stay as they are
+    :param net: the policy, or any module with :class:`~sb3_dreamer_gpld.nets.steps.SteppedModule` in it
     """
-    for path, names in STEPS.items():
-        owner = policy.get_submodule(path)
-        for name in names:
-            if name not in owner.__dict__ and name not in leave_out:
-                owner.__dict__[name] = CompiledStep(getattr(owner, name))
 
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.compiled = False
+        self.failed = False  # one failure is enough: the others would fail for the same reason
+        self._left_out: Collection[str] = ()
+        self._functions: dict[tuple[int, str], Callable[..., Any]] = {}
+        self.nets = [module for module in net.modules() if isinstance(module, SteppedModule)]
+        for module in self.nets:
+            module.runner = self
 
-def is_compiled(policy: DreamerPolicy) -> bool:
-    """Whether :func:`compile_steps` was called on the policy."""
-    return "_posterior_steps" in policy.world_model.rssm.__dict__
+    def compile(self, leave_out: Collection[str] = ()) -> None:
+        """Compile every step at its first call from now on.
+
+        :param leave_out: names of steps that stay as they are
+        """
+        self.compiled, self._left_out = True, leave_out
+
+    def __call__(self, function: Callable[..., Any], net: nn.Module, *args: Any) -> Any:
+        name = function.__name__
+        if not self.compiled or self.failed or name in self._left_out:
+            return function(net, *args)
+        compiled = self._functions.get((id(net), name))
+        if compiled is None:
+            compiled = self._functions[id(net), name] = th.compile(function.__get__(net), fullgraph=True, dynamic=False)
+        try:
+            return compiled(*args)
+        except Exception as error:
+            if not is_compiler_error(error):
+                raise
+            self.failed = True
+            warnings.warn(f"torch.compile failed, so training goes on uncompiled: {str(error)[:500]}", stacklevel=3)
+            return function(net, *args)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Run the steps as they are for a while.
+
+        A compiled function that met shapes of another size would be compiled again, and given up after a few times.
+        """
+        before, self.compiled = self.compiled, False
+        try:
+            yield
+        finally:
+            self.compiled = before
 
 
 @contextmanager
-def plain_steps(policy: DreamerPolicy) -> Iterator[None]:
-    """Undo :func:`compile_steps` for a while.
-
-    A compiled function that met shapes of another size would be compiled again, and given up after a few times.
-    """
-    compiled = []
-    for path, names in STEPS.items():
-        owner = policy.get_submodule(path)
-        compiled += [(owner, name, owner.__dict__.pop(name)) for name in names if name in owner.__dict__]
-    try:
+def plain_steps(net: nn.Module) -> Iterator[None]:
+    """:meth:`Execution.plain` of the runner of a net, if it has one."""
+    runners = {module.runner for module in net.modules() if isinstance(module, SteppedModule)}
+    with ExitStack() as stack:
+        for runner in runners:
+            if isinstance(runner, Execution):
+                stack.enter_context(runner.plain())
         yield
-    finally:
-        for owner, name, function in compiled:
-            owner.__dict__[name] = function

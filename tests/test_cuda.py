@@ -9,6 +9,7 @@ import torch as th
 from test_parity import RECORDINGS, Recording
 
 from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.learner import Draws
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")]
 
@@ -32,15 +33,15 @@ def test_update_is_the_recorded_one_and_does_not_wait(name: str) -> None:
     model.policy = model.policy.cuda()
     arguments = [
         on_gpu(recording.batch(model)),
-        on_gpu(recording.world_draws(model)),
-        on_gpu(recording.imagination_draws(model)),
+        on_gpu(Draws(recording.world_draws(model), recording.imagination_draws(model))),
+        model._n_updates,
     ]
-    result = model.loss(*arguments)
+    result = model.learner.loss(*arguments)
     th.testing.assert_close(result.total.detach().cpu(), recording.tensor("loss_total"), rtol=1e-4, atol=0.0)
-    model.update(*arguments)  # allocates the optimiser's state
+    model.learner.update(*arguments, [1e-4])  # allocates the optimiser's state
     th.cuda.set_sync_debug_mode("error")
     try:
-        model.update(*arguments)
+        model.learner.update(*arguments, [1e-4])
     finally:
         th.cuda.set_sync_debug_mode("default")
 

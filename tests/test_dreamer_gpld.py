@@ -182,14 +182,14 @@ def test_update_count_follows_the_train_ratio(n_envs: int) -> None:
     env = make_vec_env(lambda: RandomSpaces(BOX, BOX), n_envs)
     model = tiny(env, "MlpPolicy", train_ratio=10.0, learning_starts=40)
     model.learn(400)
-    trained_steps = model._n_updates * 4 * 8 + model._update_credit
+    trained_steps = model._n_updates * 4 * 8 + model.update_ratio.credit
     # Training starts with the first step at which 40 rows and a full window are there.
     assert trained_steps % (10 * n_envs) == 0
     assert (400 - 60 * n_envs) * 10 <= trained_steps <= 400 * 10
-    credit = model._update_credit
+    credit = model.update_ratio.credit
     model.learn(30, reset_num_timesteps=False)
     steps = -(-30 // n_envs) * n_envs
-    assert model._n_updates * 32 + model._update_credit == trained_steps + 10 * steps, credit
+    assert model._n_updates * 32 + model.update_ratio.credit == trained_steps + 10 * steps, credit
 
 
 def test_gradient_steps_overrule_the_train_ratio() -> None:
@@ -344,7 +344,7 @@ def test_bfloat16_learns_the_same_losses() -> None:
     for precision in ("float32", "bfloat16"):
         model = tiny(RandomSpaces(BOX, BOX), precision=precision, learning_starts=1000).learn(40)
         model.train(1, 4)
-        losses[precision] = {name: float(x) for name, x in model._metric_sums.items() if name.startswith("loss/")}
+        losses[precision] = {name: x for name, x in model.learner.metrics.take().items() if name.startswith("loss/")}
     assert all(p.dtype == th.float32 for p in model.policy.parameters())
     for name, value in losses["float32"].items():
         assert losses["bfloat16"][name] == pytest.approx(value, rel=0.05, abs=0.02), name

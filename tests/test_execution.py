@@ -9,7 +9,10 @@ import torch as th
 from test_parity import RECORDINGS, Recording, assert_tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sb3_dreamer_gpld import DreamerGPLD, dreamer_gpld, execution
+from sb3_dreamer_gpld import DreamerGPLD, execution
+from sb3_dreamer_gpld.execution import Execution
+from sb3_dreamer_gpld.learner import Draws
+from sb3_dreamer_gpld.nets.steps import SteppedModule
 
 TINY: dict[str, Any] = dict(
     model_size="debug", batch_size=4, batch_length=8, learning_starts=32, train_ratio=8, imagination_horizon=3, device="cpu"
@@ -31,21 +34,27 @@ def test_training_goes_on_if_the_compiler_fails(monkeypatch: pytest.MonkeyPatch)
         return call
 
     monkeypatch.setattr(th, "compile", failing)
-    monkeypatch.setattr(execution.CompiledStep, "failed", False)
     model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, **TINY)
     with pytest.warns(UserWarning, match="torch.compile failed, so training goes on uncompiled: no g") as warned:
         model.learn(60)
     assert model._n_updates > 0 and len([w for w in warned if "torch.compile" in str(w.message)]) == 1
+    assert model.learner.execution.failed
+    assert not DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, **TINY).learner.execution.failed  # of that model alone
 
 
 def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
 
-    def wrong() -> None:
+    def wrong(features: th.Tensor) -> None:
         raise RuntimeError("a bug")
 
+    policy = DreamerGPLD("MlpPolicy", "Pendulum-v1", **TINY).policy
+    runner = Execution(policy)
+    runner.compile()
+    monkeypatch.setattr(policy.actor_critic.policy, "forward", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
-        execution.CompiledStep(wrong)()
+        policy.actor_critic.policy_outputs(th.zeros(2, 3))
+    assert not runner.failed
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,7 @@ def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_when_it_compiles(setting: bool | str, steps: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(dreamer_gpld, "compile_steps", lambda policy, leave_out: calls.append(policy))
+    monkeypatch.setattr(Execution, "compile", lambda self, leave_out: calls.append(leave_out))
     model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=setting, device="cpu", model_size="debug")
     model._compile_if_it_pays(steps)
     assert bool(calls) == compiled
@@ -62,11 +71,23 @@ def test_when_it_compiles(setting: bool | str, steps: int, compiled: bool, monke
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "exact"])
 def test_the_exact_penalty_is_left_out(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
-    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, penalty_estimator=estimator, **TINY)
-    model._compile_if_it_pays(10)
-    assert execution.is_compiled(model.policy)
-    assert ("penalty_losses" in model.policy.world_model.__dict__) == (estimator == "hutchinson")
+    compiled: list[str] = []
+
+    def note(function: Any, **kwargs: Any) -> Any:
+        compiled.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(th, "compile", note)
+    DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, penalty_estimator=estimator, **TINY).learn(60)
+    assert "replay_losses" in compiled and ("penalty_losses" in compiled) == (estimator == "hutchinson")
+
+
+def test_every_net_has_the_runner_of_its_model_alone() -> None:
+    one, two = (DreamerGPLD("MlpPolicy", "Pendulum-v1", **TINY) for _ in range(2))
+    nets = [net for net in one.policy.modules() if isinstance(net, SteppedModule)]
+    assert {type(net).__name__ for net in nets} == {"WorldModel", "RSSM", "ActorCritic"} and all(net.steps for net in nets)
+    assert all(net.runner is one.learner.execution for net in nets)
+    assert two.learner.execution is not one.learner.execution
 
 
 @pytest.mark.parametrize(
@@ -91,9 +112,9 @@ def test_update_never_waits_for_the_device() -> None:
     """No number is read on the host inside an update: on a GPU, each one would stop the stream of work."""
     recording = Recording(RECORDINGS["cont0"])
     model = recording.model()
-    arguments = recording.batch(model), recording.world_draws(model), recording.imagination_draws(model)
+    arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        model.update(*arguments)
+        model.learner.update(*arguments, model._n_updates, [1e-4])
     names = {event.key for event in profiler.key_averages()}
     assert "aten::addmm" in names
     assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
@@ -109,14 +130,15 @@ def test_steps_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         return compile_(function, backend="aot_eager", **kwargs)  # the graph, without the C++ compiler's minutes
 
     monkeypatch.setattr(th, "compile", capture)
-    monkeypatch.setattr(execution.CompiledStep, "failed", False)
     recording = Recording(RECORDINGS["cont0"])
     model = recording.model()
-    arguments = recording.batch(model), recording.world_draws(model), recording.imagination_draws(model)
-    execution.compile_steps(model.policy)
-    result = model.loss(*arguments)
+    arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
+    runner = model.learner.execution
+    runner.compile()
+    result = model.learner.loss(*arguments, model._n_updates)
     result.total.backward()
-    assert not execution.CompiledStep.failed and len(graphs) == sum(map(len, execution.STEPS.values()))
+    steps = [name for net in runner.nets for name in net.steps if name != "value_of"]  # of gradients through the dynamics
+    assert not runner.failed and sorted(graphs) == sorted(steps)
     th.testing.assert_close(result.total.detach(), recording.tensor("loss_total"), rtol=1e-5, atol=0.0)
 
 
@@ -128,11 +150,11 @@ def test_bfloat16_losses_and_gradients(name: str) -> None:
     """
     recording = Recording(RECORDINGS[name])
     model = recording.model()
-    arguments = recording.batch(model), recording.world_draws(model), recording.imagination_draws(model)
+    arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
 
     def gradient(precision: th.dtype | None) -> tuple[dict[str, th.Tensor], th.Tensor, th.Tensor]:
         with th.autocast("cpu", precision, enabled=precision is not None):
-            result = model.loss(*arguments)
+            result = model.learner.loss(*arguments, model._n_updates)
         model.policy.zero_grad()
         result.total.backward()
 
@@ -158,9 +180,10 @@ def test_compiled_losses_and_gradients(name: str) -> None:
     model = recording.model()
     batch, draws = recording.batch(model), recording.world_draws(model)
     imagination_draws = recording.imagination_draws(model)
-    execution.compile_steps(model.policy)
-    result = model.loss(batch, draws, imagination_draws)
-    assert not execution.CompiledStep.failed
+    runner = model.learner.execution
+    runner.compile()
+    result = model.learner.loss(batch, Draws(draws, imagination_draws), model._n_updates)
+    assert runner.compiled and not runner.failed
     th.testing.assert_close(result.total.detach(), recording.tensor("loss_total"), rtol=1e-5, atol=0.0)
     result.total.backward()
     gradients = recording.parameters("grad/")

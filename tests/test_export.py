@@ -16,7 +16,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from test_dreamer_gpld import BOX, RandomSpaces, policy_for, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.execution import compile_steps
 from sb3_dreamer_gpld.export import ActingStep, export_policy
 
 CASES: dict[str, tuple[spaces.Space, spaces.Space]] = {
@@ -128,7 +127,7 @@ def test_exporting_changes_nothing(tmp_path: Path) -> None:
     """Neither parameters nor random numbers; the compiled functions of the model are left out."""
     model = trained("vector, box")
     expected = ActingStep(model.policy)(th.ones(2, 3), tuple(model.policy.initial_state(2)), th.ones(2, dtype=th.bool))
-    compile_steps(model.policy)
+    model.learner.execution.compile()
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     generator = th.get_rng_state()
     path = export_policy(model, tmp_path / "deep" / "policy")

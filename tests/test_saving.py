@@ -68,7 +68,7 @@ def assert_same(a: DreamerGPLD, b: DreamerGPLD) -> None:
     assert one.keys() == other.keys()
     differing = [name for name in one if not th.equal(one[name], other[name])]
     assert not differing, differing
-    assert (a.num_timesteps, a._n_updates, a._update_credit) == (b.num_timesteps, b._n_updates, b._update_credit)
+    assert (a.num_timesteps, a._n_updates, a.update_ratio.credit) == (b.num_timesteps, b._n_updates, b.update_ratio.credit)
 
 
 # ------------------------------------------------------------------------------------------- exact resume

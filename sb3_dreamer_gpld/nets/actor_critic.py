@@ -22,9 +22,9 @@ from sb3_dreamer_gpld.config import ActionSpec, ModelConfig
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
 from sb3_dreamer_gpld.nets.layers import Head, apply_heads
 from sb3_dreamer_gpld.nets.rssm import States
-from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
+from sb3_dreamer_gpld.nets.world_model import Batch, Term, WorldModel
 
-CHUNK_ROWS = 1024  # states whose predictions are computed together
 ENT_COEF_RATE = 0.01  # largest change of the logarithm of the entropy's coefficient in an update
 
 
@@ -87,7 +87,7 @@ class Rollouts(NamedTuple):
     value_logits: Sequence[Tensor]
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(SteppedModule):
     """Policy, value and slow value, and what is remembered beside them, see :class:`Running`.
 
     :param actions: what actions look like
@@ -125,16 +125,16 @@ class ActorCritic(nn.Module):
 
     def loss(
         self, world_model: WorldModel, batch: Batch, states: States, draws: ImaginationDraws, objective: Objective
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Running]:
-        """Losses of policy and value, before their weights.
+    ) -> tuple[dict[str, Term], dict[str, Tensor], Running]:
+        """Losses of policy and value.
 
         :param world_model: imagines, and predicts rewards and continuation
         :param batch: replayed sequences
         :param states: their posterior states
         :param draws: random numbers for B·S rollouts
         :param objective: what is trained for
-        :return: losses by name, (B, S) each but replay_value (B, S − 1); metrics by name, scalars without gradient; what is
-            remembered after this batch, which the caller keeps if the update succeeds
+        :return: losses by name, with values (B, S) but for replay_value's (B, S − 1); metrics by name, scalars without
+            gradient; what is remembered after this batch, which the caller keeps if the update succeeds
         """
         starts = batch.rewards.shape[1] if objective.starts is None else objective.starts
         batch, states = batch.steps(slice(-starts, None)), states.last(starts)
@@ -156,12 +156,15 @@ class ActorCritic(nn.Module):
         group = len(rollouts.value_logits[0])
         targets = zip(rollouts.value_logits, returns.split(group), slow_value[:-1].split(group), strict=True)
         value_loss = weight * th.cat([self.value_loss_step(*chunk) for chunk in targets])  # (H, N)
-        losses = {"policy": policy_loss.mean(0).view(size), "value": value_loss.mean(0).view(size)}
-
         # A rollout starts at each replayed state, so its first slow value and return serve the replay loss too.
-        losses["replay_value"] = self._replay_value_loss(
+        replay_value_loss = self._replay_value_loss(
             batch, states, returns[0].view(size), slow_value[0].view(size), objective.gamma, objective.return_lambda
         )
+        losses = {
+            "policy": Term(policy_loss.mean(0).view(size), self.config.policy_weight),
+            "value": Term(value_loss.mean(0).view(size), self.config.value_weight),
+            "replay_value": Term(replay_value_loss, self.config.replay_value_weight),
+        }
         metrics = {
             "entropy": entropy.mean(),
             "ent_coef": ent_coef,
@@ -197,8 +200,8 @@ class ActorCritic(nn.Module):
         horizon, rows = len(draws.action), len(start[0])
         with gradient_of_inputs(world_model, self.value) if differentiable else th.no_grad():
             features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
-            # A few steps at a time: enough rows for a good matrix product, few enough for the processor's cache.
-            group = max(1, CHUNK_ROWS // rows)
+            # A few steps at a time, see Runner.
+            group = max(1, self.runner.chunk_rows // rows)
             # A single step is taken as it is, which saves a copy.
             groups = [features[i : min(i + group, horizon)] for i in range(0, horizon, group)]
             chunks = [th.stack(x) if len(x) > 1 else x[0].unsqueeze(0) for x in groups]  # (≤ group, N, D + C·K) each
@@ -216,23 +219,28 @@ class ActorCritic(nn.Module):
         taken = th.stack([action.detach() for action in actions])  # (H, N, A)
         return Rollouts(th.stack(outputs), taken, reward, cont, value, slow_value, logits)
 
+    @compilable
     def policy_outputs(self, features: Tensor) -> Tensor:
         """Outputs of the policy net for features (N, D + C·K), (N, outputs)."""
         return self.policy(features)
 
+    @compilable
     def value_step(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Value of features (..., D + C·K): logits (..., bins), and their mean without gradient (...)."""
         logits = self.value(features)
         return logits, two_hot_mean(logits.detach(), self.bins)
 
+    @compilable
     def value_of(self, features: Tensor) -> Tensor:
         """Value of features (..., D + C·K), with their gradient, (...)."""
         return two_hot_mean(self.value(features), self.bins)
 
+    @compilable
     def value_loss_step(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
         """Cross-entropies of the value (..., bins) to the returns (...) and to the slow value (...), (...)."""
         return two_hot_loss(logits, [returns, slow_value], self.bins)
 
+    @compilable
     def prediction_step(self, world_model: WorldModel, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reward, continuation and slow value of features (..., D + C·K), each (...)."""
         reward, cont, slow = apply_heads([world_model.reward, world_model.cont, self.slow_value], features)

@@ -13,16 +13,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch as th
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.nets.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
 from sb3_dreamer_gpld.nets.layers import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
+from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled, as_computed
-
-# Steps of observe that are compiled as one function: more of them cost less to call, and take longer to compile.
-STEPS_TOGETHER = 4
 
 
 class States(NamedTuple):
@@ -71,7 +69,7 @@ class Products(NamedTuple):
         return Products._make([*(function(*things) for things in single), layers])
 
 
-class RSSM(nn.Module):
+class RSSM(SteppedModule):
     """Recurrent state-space model with a block-diagonal GRU core and a categorical stochastic state.
 
     :param tokens: size of the encoder's output, E
@@ -121,11 +119,11 @@ class RSSM(nn.Module):
         :param noise: uniform numbers, (B, T, K); None: the most probable classes
         """
         keep = (~is_first).to(tokens.dtype).unsqueeze(-1)  # (B, T, 1)
-        products = self._unrolled_products(tokens, actions * keep)
-        draws = None if noise is None else noise.split(STEPS_TOGETHER, 1)
+        products, together = self._unrolled_products(tokens, actions * keep), self.runner.steps_together
+        draws = None if noise is None else noise.split(together, 1)
         stoch = stoch.flatten(1)  # (B, C·K)
         parts = []
-        for i, kept in enumerate(keep.split(STEPS_TOGETHER, 1)):
+        for i, kept in enumerate(keep.split(together, 1)):
             at_steps = products.each(lambda product, i=i: product.at(i))
             deter, stoch, states, inputs = self._posterior_steps(deter, stoch, kept, draws and draws[i], at_steps)
             products.each(Unrolled.note, inputs)
@@ -175,7 +173,7 @@ class RSSM(nn.Module):
             posterior=(token_part, *(layer.bias.expand(*steps, -1) for layer in others)),
         )
         weights = self._core_weights()._replace(posterior=([deter_weight.T], *([layer.weight.T] for layer in others)))
-        return added.each(partial(Unrolled, together=STEPS_TOGETHER), weights)
+        return added.each(partial(Unrolled, together=self.runner.steps_together), weights)
 
     def imagine(
         self, deter: Tensor, stoch: Tensor, act: Callable[[Tensor, int], Tensor], noise: Tensor | None, horizon: int
@@ -198,6 +196,7 @@ class RSSM(nn.Module):
             features.append(th.cat([deter, stoch], -1))
         return features
 
+    @compilable
     def _posterior_steps(
         self, deter: Tensor, stoch: Tensor, keep: Tensor, noise: Tensor | None, products: Products
     ) -> tuple[Tensor, Tensor, States, Products]:
@@ -227,6 +226,7 @@ class RSSM(nn.Module):
             x = layer.norm(product(x))  # (B, h)
         return self._rows(last(x))
 
+    @compilable
     def _prior_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Products
     ) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from sb3_dreamer_gpld.nets.layers import (
     vector_targets,
 )
 from sb3_dreamer_gpld.nets.rssm import RSSM, States
+from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 
 
 class Batch(NamedTuple):
@@ -80,6 +81,26 @@ class Batch(NamedTuple):
         )
 
 
+class Term(NamedTuple):
+    """A term of the loss that is minimised.
+
+    :param value: before its weight, (B, T) or fewer steps; its mean counts
+    :param weight: of the mean
+    :param logged_as: name in the log; "": as a loss
+    """
+
+    value: Tensor
+    weight: float
+    logged_as: str = ""
+
+
+class PenaltyWeights(NamedTuple):
+    """λ of the penalties in an update; None: the penalty is not computed."""
+
+    posterior: float | None
+    prior: float | None
+
+
 class WorldModelDraws(NamedTuple):
     """Every random number of the world model's losses.
 
@@ -96,7 +117,7 @@ class WorldModelDraws(NamedTuple):
     prior_probes: Tensor | None = None
 
 
-class WorldModel(nn.Module):
+class WorldModel(SteppedModule):
     """Encoder, RSSM, decoder, reward and continue heads.
 
     :param spec: keys of the observation space
@@ -183,23 +204,28 @@ class WorldModel(nn.Module):
         )
 
     def loss(
-        self, batch: Batch, draws: WorldModelDraws, penalty: PenaltyConfig, gamma: float
-    ) -> tuple[dict[str, Tensor], States]:
-        """Losses of the world model, before their weights.
+        self, batch: Batch, draws: WorldModelDraws, weights: PenaltyWeights, gamma: float
+    ) -> tuple[dict[str, Term], States]:
+        """Losses of the world model.
 
         :param batch: replayed sequences
         :param draws: random numbers
-        :param penalty: which penalties are computed
+        :param weights: λ of the penalties
         :param gamma: discount that the continue head learns
-        :return: losses by name, each (B, T), and the posterior states
+        :return: losses by name, with values (B, T) each, and the posterior states
         """
         vectors, images, tokens = self.encode_targets(batch.observations, batch.rewards.shape)
         states = self.rssm.observe(tokens, batch.actions, batch.is_first, batch.deter, batch.stoch, draws.stoch)
         losses = self.replay_losses(states, vectors, images, batch.rewards, batch.is_terminal, gamma)
         if draws.states is not None:
-            losses.update(self.penalty_losses(states.deter, tokens, draws, bool(penalty.posterior), bool(penalty.prior)))
+            wanted = [weight is not None for weight in weights]
+            penalties = self.penalty_losses(states.deter, tokens, draws, *wanted)
+            for kind, weight in weights._asdict().items():
+                if weight is not None:
+                    losses[f"{kind}_penalty"] = Term(penalties[kind], weight, f"gpld/{kind}_penalty")
         return losses, states
 
+    @compilable
     def encode_targets(
         self, observations: Mapping[str, Tensor], batch: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -207,6 +233,7 @@ class WorldModel(nn.Module):
         vectors, images = self.targets(observations, batch)
         return vectors, images, self.encoder(vectors, images)
 
+    @compilable
     def replay_losses(
         self,
         states: States,
@@ -215,32 +242,36 @@ class WorldModel(nn.Module):
         rewards: Tensor,
         is_terminal: Tensor,
         gamma: float,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Term]:
         """Divergences, reward, continue and reconstruction losses.
 
         :param states: posterior states
         :param vectors, images: :meth:`targets`
         :param rewards, is_terminal: (B, T)
         :param gamma: discount that the continue head learns
-        :return: by name, (B, T)
+        :return: by name, with values (B, T)
         """
+        config = self.config
         losses = self._divergences(states)
         features = states.features  # (B, T, D + C·K)
         heads = [self.reward, self.cont] + ([] if self.vector_decoder is None else [self.vector_decoder])
         reward, cont, *decoded = apply_heads(heads, features)
-        losses["reward"] = two_hot_loss(reward, [rewards], self.bins)
+        losses["reward"] = Term(two_hot_loss(reward, [rewards], self.bins), config.reward_weight)
         cont_target = (1.0 - is_terminal.to(features.dtype)) * gamma
-        losses["continue"] = F.binary_cross_entropy_with_logits(cont.squeeze(-1), cont_target, reduction="none")
+        cont_loss = F.binary_cross_entropy_with_logits(cont.squeeze(-1), cont_target, reduction="none")
+        losses["continue"] = Term(cont_loss, config.continue_weight)
         if decoded:
             for key, prediction, target in zip(self.spec.vectors, self._split_vectors(decoded[0]), vectors, strict=True):
-                losses[f"reconstruction/{key.name}"] = vector_loss(prediction, target, key.nvec)
+                error = vector_loss(prediction, target, key.nvec)
+                losses[f"reconstruction/{key.name}"] = Term(error, config.reconstruction_weight)
         decoded_images = self._decode_images(states.deter, states.stoch.flatten(-2))
         for group, prediction, target in zip(self.spec.image_groups.values(), decoded_images, images, strict=True):
             errors = (prediction - target).square().split([image.channels for image in group], -1)
             for image, error in zip(group, errors, strict=True):
-                losses[f"reconstruction/{image.name}"] = error.sum((-3, -2, -1))
+                losses[f"reconstruction/{image.name}"] = Term(error.sum((-3, -2, -1)), config.reconstruction_weight)
         return losses
 
+    @compilable
     def penalty_losses(
         self, deter: Tensor, tokens: Tensor, draws: WorldModelDraws, posterior: bool, prior: bool
     ) -> dict[str, Tensor]:
@@ -251,7 +282,7 @@ class WorldModel(nn.Module):
         :param deter, tokens: (B, T, D), (B, T, E)
         :param draws: random numbers
         :param posterior, prior: which nets are penalised
-        :return: by name, (B, T)
+        :return: "posterior" and "prior" as far as they are, (B, T)
         """
         assert draws.states is not None
         losses = {}
@@ -265,16 +296,17 @@ class WorldModel(nn.Module):
                     net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, draws.rows
                 )  # (n,)
                 zeros = at_states.new_zeros(deter.shape[:2].numel())
-                losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
+                losses[name] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
         return losses
 
-    def _divergences(self, states: States) -> dict[str, Tensor]:
+    def _divergences(self, states: States) -> dict[str, Term]:
         """KL losses, each summed over the rows, then clipped from below at the free nats."""
         posterior = self.rssm.probabilities(states.logits)  # (B, T, C, K)
         prior = self.rssm.probabilities(self.rssm.prior_logits(states.deter))  # (B, T, C, K)
         dyn = categorical_kl(posterior.detach(), prior)
         rep = categorical_kl(posterior, prior.detach())
-        return {"dyn": dyn.clamp_min(self.config.free_nats), "rep": rep.clamp_min(self.config.free_nats)}
+        nats, config = self.config.free_nats, self.config
+        return {"dyn": Term(dyn.clamp_min(nats), config.dyn_weight), "rep": Term(rep.clamp_min(nats), config.rep_weight)}
 
 
 def head_penalty(

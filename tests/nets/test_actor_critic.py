@@ -55,7 +55,9 @@ class Case:
         self.draws = self.draws._replace(stoch=self.draws.stoch.double(), action=self.draws.action.double())
 
     def loss(self, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-        return self.actor_critic.loss(self.world_model, self.batch, self.states, self.draws, PUBLISHED._replace(**changes))
+        objective = PUBLISHED._replace(**changes)
+        terms, metrics, running = self.actor_critic.loss(self.world_model, self.batch, self.states, self.draws, objective)
+        return {name: term.value for name, term in terms.items()}, metrics, running
 
     def policy_gradient(self, **changes: Any) -> list[Tensor]:
         losses, _, _ = self.loss(**changes)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
-from sb3_dreamer_gpld.dreamer_gpld import Loss
+from sb3_dreamer_gpld.learner import Learner, Loss
 from sb3_dreamer_gpld.nets import cotangents, gpld_exact
 from sb3_dreamer_gpld.nets.cotangents import Layer
 from sb3_dreamer_gpld.nets.gpld import penalty_weight, rademacher, row_penalty
-from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.nets.world_model import Batch, PenaltyWeights, WorldModel
 
 CPU = th.device("cpu")
 DEBUG = ModelConfig.make("debug")
@@ -265,6 +265,10 @@ def model() -> WorldModel:
     return WorldModel(ObservationSpec.from_space(spaces.Box(-np.inf, np.inf, (3,))), ACTIONS, DEBUG).double()
 
 
+def lambdas(penalty: PenaltyConfig) -> PenaltyWeights:
+    return PenaltyWeights(penalty.posterior or None, penalty.prior or None)
+
+
 def random_batch(steps: int = T, dtype: th.dtype = th.float64) -> Batch:
     ends = th.zeros(B, steps, dtype=th.bool)
     is_first = ends.clone()
@@ -291,7 +295,8 @@ def test_penalty_at_the_drawn_states_and_zeros_elsewhere(
     weights = {"posterior": float(kind != "prior"), "prior": float(kind != "posterior")}
     penalty = PenaltyConfig(**weights, fraction=0.5, rows=rows, random_rows=True, estimator=estimator)
     batch, draws = random_batch(), model.draw(B, T, penalty)
-    losses, states = model.loss(batch, draws, penalty, 0.99)
+    terms, states = model.loss(batch, draws, lambdas(penalty), 0.99)
+    losses = {name: term.value for name, term in terms.items()}
     assert {name for name in losses if name.endswith("_penalty")} == {f"{name}_penalty" for name, on in weights.items() if on}
 
     tokens, rssm = model.encode(batch.observations, (B, T)), model.rssm
@@ -354,8 +359,8 @@ def test_only_what_is_needed_is_drawn(model: WorldModel) -> None:
 @pytest.mark.parametrize(("kind", "groups"), [("posterior", ["encoder", "core", "posterior"]), ("prior", ["core", "prior"])])
 def test_gradient_goes_on_into_recurrence_and_encoder(kind: str, groups: list[str], model: WorldModel) -> None:
     # One step, so that nothing comes by way of later states.
-    losses, _ = model.loss(random_batch(1), model.draw(B, 1, ALL), ALL, 0.99)
-    losses[f"{kind}_penalty"].mean().backward()
+    terms, _ = model.loss(random_batch(1), model.draw(B, 1, ALL), lambdas(ALL), 0.99)
+    terms[f"{kind}_penalty"].value.mean().backward()
     rssm = model.rssm
     modules = {"encoder": model.encoder, "core": rssm.core, "posterior": rssm.posterior, "prior": rssm.prior}
     for group in groups:
@@ -394,13 +399,28 @@ def test_wrong_start(value: Any) -> None:
         algorithm(penalty_start=value)
 
 
-class WeightRecorder(DreamerGPLD):
-    """Keeps λ of every update, and the environment step at which it was made."""
+class RecordingLearner(Learner):
+    """Keeps λ of every update."""
+
+    weights: list[float]
 
     def loss(self, *args: Any) -> Loss:
         result = super().loss(*args)
-        self.weights.append((self.num_timesteps, result.weights["posterior_penalty"]))
+        self.weights.append(result.terms["posterior_penalty"].weight)
         return result
+
+
+class WeightRecorder(DreamerGPLD):
+    """Keeps λ of every update, and the environment step at which it was made."""
+
+    learner_class = RecordingLearner
+    weights: list[tuple[int, float]]
+
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        assert isinstance(self.learner, RecordingLearner)
+        self.learner.weights = []
+        super().train(gradient_steps, batch_size)
+        self.weights += [(self.num_timesteps, weight) for weight in self.learner.weights]
 
 
 @pytest.mark.parametrize(
@@ -425,11 +445,12 @@ def test_weights_of_the_penalties_in_the_total_loss() -> None:
     settings = dict(posterior_penalty=0.5, prior_penalty=0.25, penalty_schedule={"name": "step", "interval": 3, "factor": 0.5})
     model = algorithm(**settings, batch_size=1, batch_length=10, imagination_horizon=2)
     model._penalty_update = 1
-    batch, draws = random_batch(dtype=th.float32), model.policy.world_model.draw(B, T, model.penalty)
-    imagined = model.policy.actor_critic.draw(B * T, 2)
+    learner = model.learner
+    learner.config = model._learner_config()
+    batch, draws = random_batch(dtype=th.float32), learner.draw(B, T)
     for updates, posterior, prior in [(0, 0.0, 0.0), (1, 0.5, 0.25), (3, 0.5, 0.25), (4, 0.25, 0.125)]:
-        model._n_updates = updates
-        result = model.loss(batch, draws, imagined)
-        assert (result.weights["posterior_penalty"], result.weights["prior_penalty"]) == (posterior, prior)
-        total = sum(result.weights[name] * loss.mean() for name, loss in result.losses.items())
+        result = learner.loss(batch, draws, updates)
+        terms = result.terms
+        assert (terms["posterior_penalty"].weight, terms["prior_penalty"].weight) == (posterior, prior)
+        total = sum(term.weight * term.value.mean() for term in terms.values())
         th.testing.assert_close(result.total, total)

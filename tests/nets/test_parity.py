@@ -20,6 +20,7 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, uniform_mix
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModelDraws
@@ -308,7 +309,8 @@ def test_parity(recording: Recording) -> None:
 
     tokens = policy.world_model.encode(batch.observations, batch.rewards.shape)
     assert_tensor("tokens", tokens, recording.tensor("rec/observe.tokens"))
-    result = model.loss(batch, world_draws, imagination_draws)
+    draws = Draws(world_draws, imagination_draws)
+    result = model.learner.loss(batch, draws, model._n_updates)
     states = result.states
     assert_tensor("deter", states.deter, recording.tensor("rec/observe.deter"))
     assert_tensor("posterior logits", states.logits, recording.tensor("rec/observe.logit").mT)
@@ -325,7 +327,7 @@ def test_parity(recording: Recording) -> None:
     assert_losses("total", result.total, recording.tensor("loss_total"))
     for kind, key in (("posterior", "metric/gp_post_lam"), ("prior", "metric/gp_prior_lam")):
         if key in recording.arrays:
-            assert result.weights[f"{kind}_penalty"] == pytest.approx(float(recording[key]), rel=LOSS_TOLERANCE)
+            assert result.terms[f"{kind}_penalty"].weight == pytest.approx(float(recording[key]), rel=LOSS_TOLERANCE)
 
     gradients: dict[str, th.Tensor] = {}
     hooks = [
@@ -333,7 +335,7 @@ def test_parity(recording: Recording) -> None:
         for name, p in policy.named_parameters()
         if p.requires_grad
     ]
-    model.update(batch, world_draws, imagination_draws)
+    model.learner.update(batch, draws, model._n_updates, [model.lr_schedule(1.0)])
     for hook in hooks:
         hook.remove()
     recorded_gradients = recording.parameters("grad/")

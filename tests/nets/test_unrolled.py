@@ -7,7 +7,8 @@ import torch as th
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import ModelConfig
-from sb3_dreamer_gpld.nets.rssm import RSSM, STEPS_TOGETHER, Products
+from sb3_dreamer_gpld.nets.rssm import RSSM, Products
+from sb3_dreamer_gpld.nets.steps import Runner
 from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled
 
 STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
@@ -119,7 +120,7 @@ def test_step_is_one_step_of_observe(layers: int) -> None:
     th.manual_seed(0)
     config = ModelConfig(deter=16, hidden=4, stoch=3, classes=4, blocks=4, units=4, posterior_layers=layers)
     rssm = RSSM(tokens=5, actions=2, config=config).double()
-    steps = STEPS_TOGETHER + 2
+    steps = Runner().steps_together + 2
     tokens = th.randn(2, steps, 5, dtype=th.float64)
     actions = th.randn(2, steps, 2, dtype=th.float64)
     is_first = th.zeros(2, steps, dtype=th.bool)

@@ -1,0 +1,239 @@
+"""One update of all nets: losses, backward pass, optimiser, slow value, percentiles, faults and metrics.
+
+Knows nets, batches and random numbers, and nothing of environments, callbacks or Stable-Baselines3's loop.
+
+Letters: B sequences, T steps.
+
+Source: Hafner et al., Nature 2025 (Methods), and the authors' release, ``agent.py``; Sonigra & Kumar 2026 for the penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch as th
+from torch import Tensor
+
+from sb3_dreamer_gpld.config import PenaltyConfig
+from sb3_dreamer_gpld.execution import Execution, resolve_precision
+from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
+from sb3_dreamer_gpld.nets.gpld import penalty_weight
+from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.world_model import Batch, PenaltyWeights, Term, WorldModelDraws
+from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.policies import DreamerPolicy
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """What every update of a run has in common.
+
+    :param objective: what actor and critic are trained for
+    :param penalty: the GPLD penalty and its schedule
+    :param imagination_horizon: imagined steps, H
+    :param learning_rate_warmup: updates over which the learning rates rise from 0
+    :param precision: "float32", "bfloat16" or "auto"
+    """
+
+    objective: Objective
+    penalty: PenaltyConfig
+    imagination_horizon: int
+    learning_rate_warmup: int
+    precision: str
+
+
+class Draws(NamedTuple):
+    """Every random number that an update needs."""
+
+    world_model: WorldModelDraws
+    imagination: ImaginationDraws
+
+
+class Loss(NamedTuple):
+    """Result of :meth:`Learner.loss`.
+
+    :param total: weighted sum of the losses, a scalar with gradient
+    :param terms: every loss by name, with its weight; the values are (B, T), or shorter in their second dimension
+    :param states: posterior states of the batch
+    :param metrics: further scalars to log
+    :param running: what actor and critic remember after this batch
+    """
+
+    total: Tensor
+    terms: Mapping[str, Term]
+    states: States
+    metrics: dict[str, Tensor]
+    running: Running
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Every loss by name, before its weight."""
+        return {name: term.value for name, term in self.terms.items()}
+
+
+class Learner:
+    """Updates the nets of a policy.
+
+    :param policy: nets and optimiser
+    :param config: what its updates have in common; may be replaced between two updates
+    """
+
+    def __init__(self, policy: DreamerPolicy, config: LearnerConfig) -> None:
+        self.policy, self.config = policy, config
+        self.execution = Execution(policy)
+        self.metrics = MetricMeans()
+        self.faults = FiniteGuard()
+
+    def draw(self, sequences: int, steps: int) -> Draws:
+        """Random numbers for an update on that many sequences of that many steps."""
+        starts = steps if self.config.objective.starts is None else min(steps, self.config.objective.starts)
+        return Draws(
+            self.policy.world_model.draw(sequences, steps, self.config.penalty),
+            self.policy.actor_critic.draw(sequences * starts, self.config.imagination_horizon),
+        )
+
+    def update(self, batch: Batch, draws: Draws, number: int, learning_rates: Sequence[float]) -> States:
+        """One update of all parameters, without waiting for the device anywhere.
+
+        A loss or gradient that is not finite leaves the parameters as they are; :attr:`faults` tells.
+
+        :param batch: replayed sequences
+        :param draws: random numbers
+        :param number: updates made before this one
+        :param learning_rates: of the optimiser's groups, before the warm-up
+        :return: posterior states of the batch without gradient, with which the stored ones are refreshed
+        """
+        policy = self.policy
+        warmup = self.config.learning_rate_warmup
+        for group, rate in zip(policy.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate * (min(1.0, number / warmup) if warmup else 1.0)
+        dtype = resolve_precision(self.config.precision, policy.device)
+        with th.autocast(policy.device.type, dtype, enabled=dtype != th.float32):
+            result = self.loss(batch, draws, number)
+        policy.optimizer.zero_grad(set_to_none=True)
+        result.total.backward()
+        grads = [p.grad for p in policy.parameters() if p.grad is not None]
+        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
+        means = {name: mean(term.value.detach()) for name, term in result.terms.items()}
+        fault = self.faults.check(number, {**means, "the gradient": grad_norm})
+        for grad in grads:
+            grad.masked_fill_(fault, 0.0)
+        if isinstance(policy.optimizer, LaProp):  # any other goes on with its momentum alone
+            policy.optimizer.found_inf = fault.float()
+        policy.optimizer.step()
+        policy.actor_critic.update_slow_value(1.0 - fault.float())
+        policy.actor_critic.keep(result.running, fault)
+        self.metrics.add(self._logged(result, means, grad_norm))
+        return States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
+
+    def loss(self, batch: Batch, draws: Draws, number: int) -> Loss:
+        """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
+        world_model, actor_critic, objective = self.policy.world_model, self.policy.actor_critic, self.config.objective
+        penalty = self.config.penalty
+        weights = PenaltyWeights(
+            *(penalty_weight(penalty, start, number) if start else None for start in (penalty.posterior, penalty.prior))
+        )
+        terms, states = world_model.loss(batch, draws.world_model, weights, objective.gamma)
+        more, metrics, running = actor_critic.loss(world_model, batch, states, draws.imagination, objective)
+        terms = {**terms, **more}
+        total = sum((term.weight * mean(term.value) for term in terms.values()), th.zeros((), device=self.policy.device))
+        return Loss(total, terms, states, metrics, running)
+
+    @staticmethod
+    def _logged(result: Loss, means: Mapping[str, Tensor], grad_norm: Tensor) -> dict[str, Tensor]:
+        """What is logged of an update, by its name in the log."""
+        values = {"loss/total": result.total.detach(), "train/grad_norm": grad_norm}
+        for name, term in result.terms.items():
+            values[term.logged_as or f"loss/{name.rstrip('/')}"] = means[name]
+            if term.logged_as:
+                values[f"{term.logged_as.removesuffix('_penalty')}_lambda"] = th.as_tensor(term.weight)
+        values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
+        return values
+
+
+class MetricMeans:
+    """Means of metrics over updates; nothing is read from the device before they are taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """The metrics of an update, scalars."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """Means since the last time, which begin anew."""
+        means = {name: total.item() / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+class FiniteGuard:
+    """Finds updates whose losses or gradient are not finite, without waiting for the device."""
+
+    def __init__(self) -> None:
+        # Of each update since the last look: its number, what was looked at, and flags of what was not finite
+        self._seen: list[tuple[int, tuple[str, ...], Tensor]] = []
+
+    def check(self, number: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Remember what is not finite in an update.
+
+        :param number: of the update
+        :param values: scalars by name
+        :return: whether anything is not, bool scalar
+        """
+        flags = ~th.isfinite(th.stack(list(values.values())))
+        self._seen.append((number, tuple(values), flags))
+        return flags.any()
+
+    def clear(self) -> None:
+        self._seen = []
+
+    def raise_faults(self) -> None:
+        """Look at the updates made since the last time.
+
+        :raises FloatingPointError: names the first update with a loss or gradient that was not finite, and the losses
+        """
+        seen, self._seen = self._seen, []
+        if not seen or not th.stack([flags for _, _, flags in seen]).any():
+            return
+        number, names, flags = next(entry for entry in seen if entry[2].any())
+        *losses, gradient = names
+        bad = [name for name, flag in zip(losses, flags.tolist(), strict=False) if flag]
+        what = f"the losses {', '.join(bad)}" if bad else gradient
+        raise FloatingPointError(
+            f"Update {number}: {what} became not finite; the parameters were not changed. "
+            "Look for extreme rewards or observations, or lower the learning rate"
+        )
+
+
+class UpdateRatio:
+    """How many updates are due after some steps; what makes no whole update yet is kept for later.
+
+    :param credit: replayed steps that are due
+    """
+
+    def __init__(self, credit: float = 0.0) -> None:
+        self.credit = credit
+
+    def due(self, steps: int, train_ratio: float, replayed: int) -> int:
+        """Updates to make.
+
+        :param steps: of the environments, since the last time
+        :param train_ratio: replayed steps for each of them
+        :param replayed: steps that an update replays, B·T
+        """
+        self.credit += steps * train_ratio
+        updates = int(self.credit // replayed)
+        self.credit -= updates * replayed
+        return updates
+
+
+def mean(loss: Tensor) -> Tensor:
+    """Mean over all entries; 0 for an empty tensor (windows of a single step have no transition)."""
+    return loss.sum() / max(1, loss.numel())

@@ -1,0 +1,164 @@
+"""Stable-Baselines3's saving and loading, with whole files, exact resume, and errors that say what is wrong with a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+from sb3_dreamer_gpld.policies import DreamerPolicy
+from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
+
+SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ResumableAlgorithm")
+
+
+class ResumableAlgorithm(OffPolicyAlgorithm):
+    """An off-policy algorithm whose files are whole, and whose runs go on as if they had not stopped. Arguments as in SB3."""
+
+    policy: DreamerPolicy
+    replay_buffer: SequenceReplayBuffer | None
+    model_size: str | None
+    actor_learning_rate: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.format_version = FORMAT_VERSION
+        self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
+
+    def save(
+        self,
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save everything but the replay buffer, the states of the random generators included.
+
+        :param path: name of the file, which appears when it is complete; ".zip" is added
+        :param exclude: further attributes to leave out
+        :param include: attributes to keep that are usually left out
+        :raises OSError: it could not be written; names the file. One that was there before is unchanged
+        """
+        before = dict(self.__dict__)
+        self.__dict__.update(self._run_state())
+        try:
+            with atomic_file(path, "zip") as file:
+                super().save(file, exclude, include)  # type: ignore[arg-type]
+        finally:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+
+    def _run_state(self) -> dict[str, Any]:
+        """Attributes that are made for the file alone."""
+        return {"_rng_states": rng_states(self.device)}
+
+    @classmethod
+    def load(
+        cls: type[SelfAlgorithm],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """Load a model. With ``load_replay_buffer`` and ``learn(..., reset_num_timesteps=False)`` a run saved at an
+        episode's end goes on bit for bit as if it had not stopped.
+
+        A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
+
+        :raises FileNotFoundError: there is no such file
+        :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces than ``env``
+        :raises RuntimeError: nets of another size are asked for than those of the file
+        """
+        check_model_file(path)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Load parameters, as in SB3.
+
+        :raises RuntimeError: they belong to nets of another size or other spaces; names the first tensors that differ
+        :raises ValueError: the actor had a learning rate of its own there and has none here, or the other way round
+        """
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except ValueError as error:
+            if "parameter groups" not in str(error):
+                raise
+            given = "None" if self.actor_learning_rate is None else "given"
+            raise ValueError(
+                f"The optimiser of this file has other groups than this model's, whose actor_learning_rate is {given}. "
+                "Allowed: the same choice, None or a learning rate, as when the file was saved; or take single modules by "
+                "load_modules"
+            ) from error
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise RuntimeError(  # the type that SB3 raises
+                f"These parameters belong to a model of another size or of other spaces than this one (model_size="
+                f"{self.model_size!r}). Load the file with DreamerGPLD.load and without model_size or policy_kwargs, or take "
+                f"over single modules by load_modules. The differences: {str(error)[:500]}"
+            ) from error
+
+    def load_modules(self, path: str | os.PathLike[str] | io.BufferedIOBase, modules: Sequence[str]) -> None:
+        """Warm start: take single modules from a saved model; all else stays as it is, the optimiser included.
+
+        :param path: a file of :meth:`save`
+        :param modules: some of "encoder", "rssm", "decoder", "reward", "continue", "actor", "critic"
+        :raises ValueError: an unknown name, or tensors of other shapes; nothing is loaded then
+        """
+        check_model_file(path)
+        _, params, _ = load_from_zip_file(path, load_data=False, device=self.device)  # type: ignore[arg-type]
+        tensors = module_tensors(params["policy"], self.policy.state_dict(), modules)  # type: ignore[arg-type]
+        self.policy.load_state_dict(tensors, strict=False)
+
+    def save_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """Save the replay buffer, as far as it is filled.
+
+        :param path: name of the file, which appears when it is complete; ".pkl" is added
+        :raises OSError: it could not be written; names the file. One that was there before is unchanged
+        """
+        with atomic_file(path, "pkl") as file:
+            super().save_replay_buffer(file)  # type: ignore[arg-type]
+
+    def load_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
+
+        :param path: a file of :meth:`save_replay_buffer`
+        :param truncate_last_traj: for SB3's HER buffer; without effect here
+        :raises ValueError: it is truncated, or of another number of environments, other spaces or other sizes of the
+            recurrent state; the present buffer is kept
+        """
+        present = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
+        except (EOFError, pickle.UnpicklingError, AssertionError) as error:
+            self.replay_buffer = present
+            raise ValueError(f"{path} is no replay buffer, or a truncated one: {error}") from error
+        loaded, config = self.replay_buffer, self.policy.config
+        self.replay_buffer = present
+        if not isinstance(loaded, SequenceReplayBuffer):
+            raise ValueError(f"{path} holds a {type(loaded).__name__}; allowed: SequenceReplayBuffer")
+        for name, its, ours in (
+            ("observation space", loaded.observation_space, self.observation_space),
+            ("action space", loaded.action_space, self.action_space),
+            ("number of environments", loaded.n_envs, self.n_envs),
+            ("deter", loaded.deter_size, config.deter),
+            ("stoch", loaded.stoch_size, config.stoch),
+        ):
+            if its != ours:
+                raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
+        self.replay_buffer = loaded
