@@ -7,6 +7,7 @@ block after ``<!-- test: needs rendering -->`` is left out where there is no Ope
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import os
@@ -244,6 +245,18 @@ def test_wrong_commands_are_found(line: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((AssertionError, SystemExit)):
         for words in read_commands(line):
             check_command(words, monkeypatch)
+
+
+def test_way_of_a_batch_names_functions_that_exist() -> None:
+    """Each with the file that it stands in, in docs/extending.md."""
+    way = (ROOT / "docs" / "extending.md").read_text().split("## A batch's way through an update")[1].split("\n## ")[0]
+    steps = re.findall(r"^\d+\. `(\w+)\.(\w+)` \(`([\w/.]+)`\)", way, re.MULTILINE)
+    assert len(steps) == len(re.findall(r"^\d+\. ", way, re.MULTILINE)) >= 10
+    modules = {owner: file.removesuffix(".py").replace("/", ".") for owner, _, file in steps}
+    named = {(owner, name) for owner, name, _ in steps} | set(re.findall(r"`(\w+)\.(\w+)`", way)) - {("DreamerGPLD", "train")}
+    for owner, name in sorted(pair for pair in named if pair[1] != "py"):
+        module = importlib.import_module(f"sb3_dreamer_gpld.{modules[owner]}")
+        assert callable(getattr(getattr(module, owner), name)), f"{owner}.{name}"
 
 
 # --------------------------------------------------------------------------------------------------------------- YAML
