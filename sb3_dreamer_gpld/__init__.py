@@ -3,7 +3,8 @@
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_dreamer_gpld.presets import preset
 
 __version__ = "0.1.0"
 
-__all__ = ["CnnPolicy", "DreamerGPLD", "MlpPolicy", "MultiInputPolicy", "SequenceReplayBuffer", "__version__"]
+__all__ = ["CnnPolicy", "DreamerGPLD", "MlpPolicy", "MultiInputPolicy", "SequenceReplayBuffer", "__version__", "preset"]

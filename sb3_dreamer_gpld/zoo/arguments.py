@@ -11,15 +11,11 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 
+from sb3_dreamer_gpld.presets import CONFIGS
 from sb3_dreamer_gpld.zoo.check import read_yaml, unknown
 
 NAME = "dreamer_gpld"  # of the algorithm, for --algo
 DEFAULT_ENV = "CartPole-v1"  # Inside rl_zoo3: what its scripts take without --env
-# Beside this file in an installed package, at the top of a checkout
-CONFIGS = next(
-    (folder for parent in Path(__file__).parents[1:3] if (folder := parent / "zoo_configs").is_dir()),
-    Path("zoo_configs"),
-)
 
 
 def fail(message: str) -> NoReturn:
