@@ -433,8 +433,8 @@ class ActionSpec:
 
 ACTOR_GRADIENTS = ("reinforce", "dynamics", "auto")
 DEFAULT_ENT_COEF = 3e-4
-# The standard deviation of each number of a Box that the target entropy "auto" stands for
-AUTO_TARGET_STD = 0.242
+# Nats for each number of a Box that the target entropy "auto" stands for: those of a standard deviation of 0.242
+AUTO_TARGET_ENTROPY = 0.0
 
 
 def dynamics_share(actor_gradient: float | str, actions: ActionSpec) -> float:
@@ -465,8 +465,8 @@ def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: 
     """Smallest coefficient of the policy's entropy, and the entropy below which it rises.
 
     :param ent_coef: the coefficient; or "auto" or "auto_0.001", where it starts
-    :param target_entropy: in nats; or "auto": for a Box that of a normal with a standard deviation of
-        :data:`AUTO_TARGET_STD` for each number, for other actions 0, which entropies never fall below
+    :param target_entropy: in nats; or "auto": for a Box :data:`AUTO_TARGET_ENTROPY` for each number, for other actions 0,
+        which entropies never fall below
     :param actions: what actions look like
     :return: the coefficient, and the target in nats, None if the coefficient is fixed
     :raises ValueError: a value is not allowed
@@ -491,5 +491,4 @@ def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: 
             )
     if target_entropy != "auto":
         return start, float(target_entropy)
-    per_number = 0.5 * math.log(2 * math.pi * math.e) + math.log(AUTO_TARGET_STD)
-    return start, per_number * actions.size if actions.nvec is None else 0.0
+    return start, AUTO_TARGET_ENTROPY * actions.size if actions.nvec is None else 0.0

@@ -12,6 +12,7 @@ run's results are ``ladder/ARM/TASK_SEED.csv``, a row for every training episode
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -72,12 +73,13 @@ class Arm(NamedTuple):
     :param name: in ``arms.yml``
     :param settings: arguments of the algorithm
     :param action_repeat: simulator steps for each step of the agent
-    :param target_std: standard deviation of each action number that the target entropy stands for; None: no target
+    :param target_entropy: nats for each action number; None: as in the settings
     """
 
     name: str
     settings: dict[str, Any]
     action_repeat: int
+    target_entropy: float | None
 
     @property
     def is_sac(self) -> bool:
@@ -125,7 +127,7 @@ def read_arms() -> dict[str, Arm]:
     arms = {}
     for name in entries:
         values = settings(name)
-        arms[name] = Arm(name, values, values.pop("action_repeat", 2))
+        arms[name] = Arm(name, values, values.pop("action_repeat", 2), values.pop("target_entropy_per_number", None))
     return arms
 
 
@@ -140,7 +142,9 @@ def make_model(arm: Arm, job: Job) -> OffPolicyAlgorithm:
     env = make_env(arm, job.task, job.seed)
     if arm.is_sac:
         return SAC("MlpPolicy", env, seed=job.seed, device="cpu", **{**SAC_KWARGS, **arm.settings})
-    return DreamerGPLD("MultiInputPolicy", env, seed=job.seed, device="cpu", compile=True, **arm.settings)
+    assert env.action_space.shape is not None
+    target = {} if arm.target_entropy is None else {"target_entropy": arm.target_entropy * math.prod(env.action_space.shape)}
+    return DreamerGPLD("MultiInputPolicy", env, seed=job.seed, device="cpu", compile=True, **arm.settings, **target)
 
 
 def row(model: OffPolicyAlgorithm, frames: int, seconds: float, log: dict[str, Any]) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_entropy_targets() -> None:
     assert entropy_target("auto_0.001", -1.5, BOX) == (0.001, -1.5)
     start, target = entropy_target("auto", "auto", BOX)
     normal = th.distributions.Normal(0.0, th.full((2,), 0.242))
-    assert start == 3e-4 and target == pytest.approx(normal.entropy().sum().item(), abs=1e-6)
+    assert start == 3e-4 and target == pytest.approx(normal.entropy().sum().item(), abs=1e-3)  # a deviation of 0.242
     assert entropy_target("auto", "auto", CHOICE) == (3e-4, 0.0)
 
 
