@@ -222,7 +222,8 @@ class WorldModel(SteppedModule):
             penalties = self.penalty_losses(states.deter, tokens, draws, *wanted)
             for kind, weight in weights._asdict().items():
                 if weight is not None:
-                    losses[f"{kind}_penalty"] = Term(penalties[kind], weight, f"gpld/{kind}_penalty")
+                    name = f"{kind}_penalty"
+                    losses[name] = Term(penalties[name], weight, f"gpld/{name}")
         return losses, states
 
     @compilable
@@ -282,7 +283,7 @@ class WorldModel(SteppedModule):
         :param deter, tokens: (B, T, D), (B, T, E)
         :param draws: random numbers
         :param posterior, prior: which nets are penalised
-        :return: "posterior" and "prior" as far as they are, (B, T)
+        :return: "posterior_penalty" and "prior_penalty" as far as they are, (B, T)
         """
         assert draws.states is not None
         losses = {}
@@ -296,7 +297,7 @@ class WorldModel(SteppedModule):
                     net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, draws.rows
                 )  # (n,)
                 zeros = at_states.new_zeros(deter.shape[:2].numel())
-                losses[name] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
+                losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
         return losses
 
     def _divergences(self, states: States) -> dict[str, Term]:
