@@ -51,9 +51,9 @@ def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None
     policy = DreamerGPLD("MlpPolicy", "Pendulum-v1", **TINY).policy
     runner = Execution(policy)
     runner.compile()
-    monkeypatch.setattr(policy.actor_critic.policy, "forward", wrong)
+    monkeypatch.setattr(policy.actor_critic.value, "forward", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
-        policy.actor_critic.policy_outputs(th.zeros(2, 3))
+        policy.actor_critic.value_of(th.zeros(2, 3))
     assert not runner.failed
 
 

@@ -153,7 +153,7 @@ def imagined_ratios(policy: DreamerPolicy, deter: Tensor, stoch: Tensor, horizon
 
     def act(features: Tensor, step: int) -> Tensor:
         draws = distribution.draw((len(features),), features.device)
-        actions.append(distribution.sample(policy.actor_critic.policy_outputs(features), draws))
+        actions.append(distribution.sample(policy.actor_critic.policy(features), draws))
         return actions[-1]
 
     noise = th.rand(horizon, len(deter), config.stoch, device=deter.device)

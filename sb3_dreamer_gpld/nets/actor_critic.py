@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
 from sb3_dreamer_gpld.nets.layers import Head, apply_heads
-from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.rssm import RSSM, Products, States
 from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 from sb3_dreamer_gpld.nets.world_model import Batch, Term, WorldModel
 
@@ -182,24 +182,9 @@ class ActorCritic(SteppedModule):
     def _imagine(self, world_model: WorldModel, states: States, draws: ImaginationDraws, objective: Objective) -> Rollouts:
         """Rollouts from posterior states (B, S, ...), and what is predicted along them."""
         differentiable = objective.dynamics > 0
-        outputs: list[Tensor] = []
-        actions: list[Tensor] = []
-
-        def act(features: Tensor, step: int) -> Tensor:
-            # The graph of these outputs is what the policy loss needs, so they are not computed again.
-            with th.enable_grad():
-                outputs.append(self.policy_outputs(features.detach()))
-            if differentiable:
-                assert isinstance(self.distribution, BoundedNormal)
-                actions.append(self.distribution.sample_with_gradient(outputs[-1], draws.action[step]))
-            else:
-                actions.append(self.distribution.sample(outputs[-1], draws.action[step]))
-            return actions[-1]
-
-        start = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1)
-        horizon, rows = len(draws.action), len(start[0])
+        horizon, rows = len(draws.action), states.deter.shape[:2].numel()
         with gradient_of_inputs(world_model, self.value) if differentiable else th.no_grad():
-            features = world_model.rssm.imagine(*start, act, draws.stoch, horizon)  # (H + 1) × (N, D + C·K)
+            features, outputs, actions = self._roll_out(world_model.rssm, states, draws, differentiable)
             # A few steps at a time, see Runner.
             group = max(1, self.runner.chunk_rows // rows)
             # A single step is taken as it is, which saves a copy.
@@ -216,13 +201,59 @@ class ActorCritic(SteppedModule):
             with th.no_grad():
                 value = th.cat([*values, self.value_step(last)[1]])  # (H + 1, N)
         # The density is that of a given action, whose gradient would cancel the score's.
-        taken = th.stack([action.detach() for action in actions])  # (H, N, A)
+        taken = th.stack(actions).detach()  # (H, N, A)
         return Rollouts(th.stack(outputs), taken, reward, cont, value, slow_value, logits)
 
+    def _roll_out(
+        self, rssm: RSSM, states: States, draws: ImaginationDraws, differentiable: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Features of the starts and of all imagined states, H + 1 tensors (N, D + C·K); the policy's outputs; the actions."""
+        deter, stoch = states.deter.detach().flatten(0, 1), states.stoch.detach().flatten(0, 1).flatten(1)  # (N, D), (N, C·K)
+        features: list[Tensor] = [th.cat([deter, stoch], -1)]
+        outputs: list[Tensor] = []
+        actions: list[Tensor] = []
+        weights, together = rssm.imagination_weights(), self.runner.imagined_together
+        with th.enable_grad():
+            for noise, action_noise in zip(draws.stoch.split(together), draws.action.split(together), strict=True):
+                deter, stoch, *steps = self.imagined_steps(rssm, deter, stoch, noise, action_noise, weights, differentiable)
+                for every, its_own in zip((features, outputs, actions), steps, strict=True):
+                    every.extend(its_own)
+        return features, outputs, actions
+
     @compilable
-    def policy_outputs(self, features: Tensor) -> Tensor:
-        """Outputs of the policy net for features (N, D + C·K), (N, outputs)."""
-        return self.policy(features)
+    def imagined_steps(
+        self,
+        rssm: RSSM,
+        deter: Tensor,
+        stoch: Tensor,
+        noise: Tensor,
+        action_noise: Tensor,
+        weights: Products,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """A few imagined steps.
+
+        The policy's outputs have a graph, which is what the policy loss needs, so that they are not computed again.
+
+        :param deter, stoch: before the first of the h steps, (N, D), (N, C·K)
+        :param noise, action_noise: (h, N, K), (h, N, ·)
+        :param weights: of the recurrence
+        :param differentiable: actions pass gradients on to the states that follow
+        :return: deter and stoch after the last step; at each step the features of the state that it leads to
+            (N, D + C·K), the policy's outputs (N, ·), and the action (N, A)
+        """
+        features, outputs, actions = [th.cat([deter, stoch], -1)], [], []
+        for uniform, normal in zip(noise.unbind(0), action_noise.unbind(0), strict=True):
+            outputs.append(self.policy(features[-1].detach()))
+            if differentiable:
+                assert isinstance(self.distribution, BoundedNormal)
+                actions.append(self.distribution.sample_with_gradient(outputs[-1], normal))
+            else:
+                actions.append(self.distribution.sample(outputs[-1], normal))
+            with th.set_grad_enabled(differentiable):
+                deter, stoch = rssm.prior_step(deter, stoch, actions[-1], uniform, weights)
+                features.append(th.cat([deter, stoch], -1))
+        return deter, stoch, features[1:], outputs, actions
 
     @compilable
     def value_step(self, features: Tensor) -> tuple[Tensor, Tensor]:

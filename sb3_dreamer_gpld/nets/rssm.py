@@ -189,10 +189,10 @@ class RSSM(SteppedModule):
         """
         stoch = stoch.flatten(1)  # (N, C·K)
         features = [th.cat([deter, stoch], -1)]
-        weights = self._core_weights().each(lambda its_weights: [as_computed(weight) for weight in its_weights])
+        weights = self.imagination_weights()
         for h in range(horizon):
             draws = None if noise is None else noise[h]
-            deter, stoch = self._prior_step(deter, stoch, act(features[h], h), draws, weights)  # (N, D), (N, C·K)
+            deter, stoch = self.prior_step(deter, stoch, act(features[h], h), draws, weights)  # (N, D), (N, C·K)
             features.append(th.cat([deter, stoch], -1))
         return features
 
@@ -226,11 +226,14 @@ class RSSM(SteppedModule):
             x = layer.norm(product(x))  # (B, h)
         return self._rows(last(x))
 
-    @compilable
-    def _prior_step(
+    def imagination_weights(self) -> Products:
+        """Weights of the core in the dtype that they are used in, for all steps of a rollout."""
+        return self._core_weights().each(lambda its_weights: [as_computed(weight) for weight in its_weights])
+
+    def prior_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, noise: Tensor | None, weights: Products
     ) -> tuple[Tensor, Tensor]:
-        """One step of :meth:`imagine`: (N, D), (N, C·K), (N, A) → (N, D), (N, C·K)."""
+        """One step of a rollout: (N, D), (N, C·K), (N, A) → (N, D), (N, C·K), with :meth:`imagination_weights`."""
         following = self._next(deter, stoch, noise, self._core_products(action, weights), self.prior_logits)
         return following.deter, following.stoch.flatten(1)
 

@@ -17,10 +17,11 @@ class Runner:
     :param chunk_rows: states whose predictions are computed together: enough for a good matrix product, few enough for a
         processor's cache
     :param steps_together: steps of ``observe`` that make one step here: more cost less to call, and take longer to compile
+    :param imagined_together: the same of imagined steps
     """
 
-    def __init__(self, chunk_rows: int = 1024, steps_together: int = 4) -> None:
-        self.chunk_rows, self.steps_together = chunk_rows, steps_together
+    def __init__(self, chunk_rows: int = 1024, steps_together: int = 4, imagined_together: int = 5) -> None:
+        self.chunk_rows, self.steps_together, self.imagined_together = chunk_rows, steps_together, imagined_together
 
     def __call__(self, function: Callable[..., Any], net: nn.Module, *args: Any) -> Any:
         """The step ``function`` of a net."""
