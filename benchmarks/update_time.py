@@ -35,11 +35,11 @@ def phases(model: DreamerGPLD) -> list[tuple[str, Any, str]]:
         ("encode", policy.world_model, "encode_targets"),
         ("observe", policy.world_model.rssm, "observe"),
         ("world model", policy.world_model, "loss"),
-        ("imagine", policy.world_model.rssm, "imagine"),
+        ("imagine", policy.actor_critic, "_roll_out"),
         ("actor-critic", policy.actor_critic, "loss"),
-        ("losses", model, "loss"),
+        ("losses", model.learner, "loss"),
         ("optimiser", policy.optimizer, "step"),
-        ("update", model, "update"),
+        ("update", model.learner, "update"),
     ]
 
 
@@ -57,10 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1m")
     parser.add_argument("--penalty", type=float, default=0.5, help="λ₀ of the posterior")
+    parser.add_argument("--actor-gradient", choices=("reinforce", "dynamics"), default="reinforce")
+    parser.add_argument("--starts", type=int, help="imagination_starts; default: all states")
     add_arguments(parser, repeats=11)
     args = parser.parse_args()
 
-    model = model_of(args, model_size=args.size, posterior_penalty=args.penalty)
+    model = model_of(
+        args,
+        model_size=args.size,
+        posterior_penalty=args.penalty,
+        actor_gradient=args.actor_gradient,
+        imagination_starts=args.starts,
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yardstick = Yardstick(model.device)
     for _ in range(2):
