@@ -1,0 +1,148 @@
+"""What updates are made of: which numbers reach them, when they begin, and what a failed one leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.vec_env import VecNormalize
+from test_dreamer_gpld import TINY, tiny
+
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.learner import Draws
+from sb3_dreamer_gpld.nets.world_model import Batch
+
+
+def batches_of(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Draws]]:
+    """Batches and random numbers of the updates that the model makes from now on."""
+    seen: list[tuple[Batch, Draws]] = []
+    update = model.learner.update
+
+    def recording(batch: Batch, draws: Draws, *args: Any) -> Any:
+        seen.append((batch, draws))
+        return update(batch, draws, *args)
+
+    monkeypatch.setattr(model.learner, "update", recording)
+    return seen
+
+
+def test_replayed_numbers_are_normalised_as_they_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = VecNormalize(make_vec_env("Pendulum-v1", 1, seed=0), clip_obs=100.0, clip_reward=100.0)
+    model = tiny(env, "MlpPolicy").learn(60)
+    assert model.replay_buffer is not None
+    generator = copy.deepcopy(model.replay_buffer.rng)
+    seen = batches_of(model, monkeypatch)
+    model.train(1, 4)
+    ((batch, _),) = seen
+    # The same windows without the statistics: what is stored is what the environment gave.
+    model.replay_buffer.rng = generator
+    raw = model.replay_buffer.sample(4)
+    assert not np.allclose(raw.observations, batch.observations[""])
+    expected = env.normalize_obs(raw.observations.numpy())  # type: ignore[union-attr]
+    np.testing.assert_allclose(batch.observations[""], expected, rtol=1e-4, atol=1e-5)
+    started = ~raw.is_first.numpy()  # the first reward of an episode is 0, and stays so
+    rewards = env.normalize_reward(raw.rewards.numpy().copy())
+    np.testing.assert_allclose(batch.rewards.numpy()[started], rewards[started], rtol=1e-4, atol=1e-5)
+
+
+class Constant(ActionNoise):
+    """The same noise at every step."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def __call__(self) -> np.ndarray:
+        return np.full((1, 1), self.value)
+
+
+def test_action_noise_reaches_environment_buffer_and_state() -> None:
+    """An action is the one without noise, with the same random numbers, and the noise; clipped it goes to all three."""
+    model = tiny("Pendulum-v1", action_noise=Constant(-0.5)).learn(3)
+    before = model._state
+    th.manual_seed(5)
+    _, without = model._sample_action(0, None, 1)
+    model._state = before
+    th.manual_seed(5)
+    action, stored = model._sample_action(0, model.action_noise, 1)
+    assert model._state is not None
+    expected = np.clip(without - 0.5, -1, 1)
+    np.testing.assert_allclose(stored, expected, rtol=1e-5)
+    np.testing.assert_allclose(action, 2.0 * expected, rtol=1e-5)  # Pendulum's actions are in [−2, 2]
+    np.testing.assert_allclose(model._state.action, expected, rtol=1e-5)
+
+
+def test_every_step_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each sequence, each start and each step: of the posterior's samples, the prior's, and the actions."""
+    model = tiny("Pendulum-v1").learn(40)
+    seen = batches_of(model, monkeypatch)
+    model.train(1, 4)
+    ((_, draws),) = seen
+    for numbers in (draws.world_model.stoch, draws.imagination.stoch, draws.imagination.action):
+        for dim in range(2):  # (B, T, ·), (H, N, ·)
+            first, second = numbers.select(dim, 0), numbers.select(dim, 1)
+            assert (first != second).float().mean() > 0.99, numbers.shape
+
+
+def test_states_follow_the_numbers_of_their_own_step() -> None:
+    """Other numbers at one step change the samples of that step and later ones, and of none before it."""
+    world_model = tiny("Pendulum-v1").policy.world_model
+    config = world_model.config
+    tokens, actions = th.randn(2, 6, world_model.encoder.size), th.zeros(2, 6, 1)
+    first = th.zeros(2, 6, dtype=th.bool)
+    start = th.zeros(2, config.deter), th.zeros(2, config.classes, config.stoch)
+    noise = th.rand(2, 6, config.stoch)
+    other = noise.clone()
+    other[:, 3] = 1.0 - other[:, 3]
+    with th.no_grad():
+        a, b = (world_model.rssm.observe(tokens, actions, first, *start, numbers) for numbers in (noise, other))
+    assert th.equal(a.stoch[:, :3], b.stoch[:, :3]) and not th.equal(a.stoch[:, 3], b.stoch[:, 3])
+    assert th.equal(a.deter[:, :4], b.deter[:, :4]) and not th.equal(a.deter[:, 4], b.deter[:, 4])
+
+
+def test_warm_up_begins_with_no_step_at_all() -> None:
+    model = tiny("Pendulum-v1", learning_rate=1e-2, learning_rate_warmup=3)
+    rates = []
+    before = {name: p.clone() for name, p in model.policy.named_parameters() if p.requires_grad}
+    for steps in (40, 8, 8, 8, 8):
+        model.learn(steps, reset_num_timesteps=False)
+        rates.append(model.policy.optimizer.param_groups[0]["lr"])
+        if len(rates) == 1:
+            assert model._n_updates == 1
+            assert all(th.equal(p, before[name]) for name, p in model.policy.named_parameters() if p.requires_grad)
+    assert rates == pytest.approx([0.0, 1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+
+
+def test_updates_wait_for_a_whole_window() -> None:
+    model = tiny("Pendulum-v1", learning_starts=2, batch_length=16, batch_size=1, train_ratio=16)
+    model.learn(12)
+    assert model._n_updates == 0
+    model.learn(12, reset_num_timesteps=False)
+    assert model._n_updates > 0
+
+
+def test_a_failed_update_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, the slow value, which would go on following the value, the percentiles and the entropy's coefficient."""
+    options = dict(ent_coef="auto", target_entropy=10.0, learning_rate=1e-2, learning_rate_warmup=0)
+    model = tiny("Pendulum-v1", **{**TINY, **options}).learn(80)
+    critic = model.policy.actor_critic
+    pairs = zip(critic.value.parameters(), critic.slow_value.parameters(), strict=True)
+    assert any(not th.equal(value, slow) for value, slow in pairs) and critic.percentiles.abs().sum() > 0
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    update = model.learner.update
+
+    def poisoned(batch: Batch, *args: Any) -> Any:
+        rewards = batch.rewards.clone()
+        rewards[0, 0] = np.nan
+        return update(batch._replace(rewards=rewards), *args)
+
+    monkeypatch.setattr(model.learner, "update", poisoned)
+    with pytest.raises(FloatingPointError, match="losses .*reward.* became not finite"):
+        model.train(1, 4)
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(value, before[name]), name
