@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
@@ -407,6 +408,7 @@ class DreamerGPLD(ResumableAlgorithm):
                     log_interval=log_interval,
                 )
             if not rollout.continue_training:
+                self._keep_last_step(callback)
                 break
             updates = self._due_updates(rollout.episode_timesteps)
             if updates > 0:
@@ -415,6 +417,14 @@ class DreamerGPLD(ResumableAlgorithm):
                 self._update_seconds += time.perf_counter() - start
         callback.on_training_end()
         return self
+
+    def _keep_last_step(self, callback: BaseCallback) -> None:
+        """Store the step at which a callback stopped; SB3 drops it, though environment and recurrent state have moved on."""
+        step = callback.locals
+        self._update_info_buffer(step["infos"], step["dones"])
+        self._store_transition(
+            step["replay_buffer"], step["buffer_actions"], step["new_obs"], step["rewards"], step["dones"], step["infos"]
+        )
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
 from test_dreamer_gpld import TINY, tiny
+from test_saving import Clock
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.learner import Draws
@@ -146,3 +148,29 @@ def test_a_failed_update_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyP
         model.train(1, 4)
     for name, value in model.policy.state_dict().items():
         assert th.equal(value, before[name]), name
+
+
+class StopAfter(BaseCallback):
+    """Stops at a step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self) -> bool:
+        return self.n_calls < self.steps
+
+
+@pytest.mark.parametrize("steps", [30, 40], ids=["within an episode", "at its end"])
+def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int) -> None:
+    """What is stored is the same, the latents too: the step at which it stopped is not lost."""
+    whole = tiny(Clock(), learning_starts=1000).learn(60)
+    stopped = tiny(Clock(), learning_starts=1000).learn(60, callback=StopAfter(steps))
+    assert stopped.num_timesteps == steps
+    stopped.learn(60 - steps, reset_num_timesteps=False)
+    a, b = whole.replay_buffer, stopped.replay_buffer
+    assert a is not None and b is not None and a.size() == b.size() == 63  # with the last observations of three episodes
+    drawn = [buffer.peek(64, np.random.default_rng(0)) for buffer in (a, b)]
+    for one, other in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [info["r"] for info in whole.ep_info_buffer] == [info["r"] for info in stopped.ep_info_buffer]

@@ -106,13 +106,14 @@ class WorldModelDraws(NamedTuple):
 
     :param stoch: uniform numbers for the posterior samples, (B, T, K)
     :param states: indices of the penalised states among the B·T flattened ones, (n,)
-    :param rows: indices of the penalised rows, (R,); None: all
+    :param posterior_rows, prior_rows: indices of the penalised rows of each net, (R,); None: all
     :param posterior_probes, prior_probes: Rademacher numbers, (R, n, C); None where no probe is needed
     """
 
     stoch: Tensor
     states: Tensor | None = None
-    rows: Tensor | None = None
+    posterior_rows: Tensor | None = None
+    prior_rows: Tensor | None = None
     posterior_probes: Tensor | None = None
     prior_probes: Tensor | None = None
 
@@ -189,16 +190,17 @@ class WorldModel(SteppedModule):
         if not (penalty.posterior or penalty.prior):
             return WorldModelDraws(stoch)
         states = th.randperm(batch * steps, device=device)[: penalty.states(batch * steps)]
-        rows = None
+        rows: list[Tensor | None] = [None, None]  # of the posterior and the prior, which the release draws apart
         if penalty.rows is not None and penalty.rows < config.stoch:
-            rows = th.randperm(config.stoch, device=device) if penalty.random_rows else th.arange(config.stoch, device=device)
-            rows = rows[: penalty.rows]
-        shape = (config.stoch if rows is None else len(rows), len(states), config.classes)
+            draw, penalised = th.randperm if penalty.random_rows else th.arange, (penalty.posterior, penalty.prior)
+            rows = [draw(config.stoch, device=device)[: penalty.rows] if on else None for on in penalised]
+        shape = (min(config.stoch, penalty.rows or config.stoch), len(states), config.classes)
         probed = penalty.estimator == "hutchinson"
         return WorldModelDraws(
             stoch,
             states,
-            rows,
+            rows[0],
+            rows[1],
             rademacher(shape, device) if probed and penalty.posterior else None,
             rademacher(shape, device) if probed and penalty.prior else None,
         )
@@ -288,13 +290,13 @@ class WorldModel(SteppedModule):
         assert draws.states is not None
         losses = {}
         posterior_inputs = th.cat([deter, tokens], -1)
-        for name, wanted, net, inputs, probes in (
-            ("posterior", posterior, self.rssm.posterior, posterior_inputs, draws.posterior_probes),
-            ("prior", prior, self.rssm.prior, deter, draws.prior_probes),
+        for name, wanted, net, inputs, probes, rows in (
+            ("posterior", posterior, self.rssm.posterior, posterior_inputs, draws.posterior_probes, draws.posterior_rows),
+            ("prior", prior, self.rssm.prior, deter, draws.prior_probes, draws.prior_rows),
         ):
             if wanted:
                 at_states = head_penalty(
-                    net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, draws.rows
+                    net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, rows
                 )  # (n,)
                 zeros = at_states.new_zeros(deter.shape[:2].numel())
                 losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])

@@ -306,9 +306,10 @@ def test_penalty_at_the_drawn_states_and_zeros_elsewhere(
     }
     inputs = {"posterior": th.cat([states.deter, tokens], -1), "prior": states.deter}
     probes = {"posterior": draws.posterior_probes, "prior": draws.prior_probes}
-    indices = th.arange(DEBUG.stoch) if draws.rows is None else draws.rows
-    assert len(indices) == (rows or DEBUG.stoch)
+    drawn = {"posterior": draws.posterior_rows, "prior": draws.prior_rows}
     for name in (name for name, on in weights.items() if on):
+        indices = th.arange(DEBUG.stoch) if drawn[name] is None else drawn[name]
+        assert len(indices) == (rows or DEBUG.stoch)
         u = inputs[name].flatten(0, 1)[draws.states].detach().requires_grad_()
         if estimator == "exact":
             at_states = frobenius(maps[name], u, indices)
@@ -330,11 +331,19 @@ def test_states_are_drawn_without_replacement(fraction: float, count: int, model
 
 def test_first_rows_are_fixed_and_random_rows_are_drawn_afresh(model: WorldModel) -> None:
     fixed, drawn = PenaltyConfig(rows=2), PenaltyConfig(rows=2, random_rows=True)
-    assert {tuple(model.draw(B, T, fixed).rows.tolist()) for _ in range(20)} == {(0, 1)}
-    rows = [model.draw(B, T, drawn).rows.tolist() for _ in range(50)]
+    assert {tuple(model.draw(B, T, fixed).posterior_rows.tolist()) for _ in range(20)} == {(0, 1)}
+    rows = [model.draw(B, T, drawn).posterior_rows.tolist() for _ in range(50)]
     assert all(len(set(pair)) == 2 for pair in rows)
     assert {row for pair in rows for row in pair} == set(range(DEBUG.stoch))
-    assert model.draw(B, T, PenaltyConfig(rows=DEBUG.stoch, random_rows=True)).rows is None
+    assert model.draw(B, T, PenaltyConfig(rows=DEBUG.stoch, random_rows=True)).posterior_rows is None
+
+
+def test_each_net_has_rows_of_its_own(model: WorldModel) -> None:
+    """With both penalties, as the authors' release draws them; one that is off draws none."""
+    both = PenaltyConfig(posterior=1.0, prior=1.0, rows=2, random_rows=True)
+    draws = [model.draw(B, T, both) for _ in range(50)]
+    assert any(set(each.posterior_rows.tolist()) != set(each.prior_rows.tolist()) for each in draws)
+    assert model.draw(B, T, PenaltyConfig(rows=2, random_rows=True)).prior_rows is None
 
 
 def test_every_row_and_state_has_its_own_probe(model: WorldModel) -> None:
@@ -348,7 +357,7 @@ def test_every_row_and_state_has_its_own_probe(model: WorldModel) -> None:
 
 
 def test_only_what_is_needed_is_drawn(model: WorldModel) -> None:
-    assert model.draw(B, T, NONE)[1:] == (None,) * 4
+    assert model.draw(B, T, NONE)[1:] == (None,) * 5
     posterior, prior = model.draw(B, T, PenaltyConfig()), model.draw(B, T, PenaltyConfig(posterior=0, prior=1.0))
     assert posterior.posterior_probes is not None and posterior.prior_probes is None
     assert prior.posterior_probes is None and prior.prior_probes is not None

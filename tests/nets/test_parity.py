@@ -242,6 +242,7 @@ class Recording:
             noise_behind(uniform_mix(self.tensor("rec/observe.logit").mT, mix), self.tensor("rec/observe.stoch").mT),
             self.tensor("gp/indices").long() if "gp/indices" in self.arrays else None,
             rows,
+            rows,
             probes.get("post"),
             probes.get("prior"),
         )
