@@ -261,7 +261,7 @@ def learned(callback: list[BaseCallback] | None) -> tuple[DreamerGPLD, dict[str,
         "rewards": th.as_tensor(buffer.rewards),
         "deter": th.as_tensor(buffer.deter),
         "torch": th.get_rng_state(),
-        "others": [str(x) for x in (buffer._queue, buffer.rng.bit_generator.state, np.random.get_state()[1].tolist())],
+        "others": [str(x) for x in (buffer.windows.queue, buffer.rng.bit_generator.state, np.random.get_state()[1].tolist())],
     }
 
 
