@@ -3,12 +3,11 @@
 A "row" alone is one stored observation with what belongs to it. ``replay/rows.py`` keeps the rows, ``replay/writing.py`` makes
 rows of transitions, ``replay/windows.py`` chooses windows.
 
-Letters: B sequences, T steps, D deter, K rows of the stochastic state, C classes, E environments.
+Letters: B sequences, T steps, D deter, K categoricals of the stochastic state, C classes, E environments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +16,19 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.observations import by_key, like_space, spaces_by_key
 from sb3_dreamer_gpld.replay.rows import Column, RowFormat, Rows
 from sb3_dreamer_gpld.replay.windows import Windows, WindowSampler
 from sb3_dreamer_gpld.replay.writing import EpisodeWriter, Latents, shaped, to_numpy
 
-# The key under which an observation that is not a dict is handled internally
-_ONLY_KEY = ""
 # Buffers that were saved when this was one class: names in them, and the arrays that they have as attributes
 _ObsSpec, _Latents = Column, Latents
 _COLUMNS = ("actions", "rewards", "dones", "timeouts", "is_first", "deter", "stoch")
 
 
 class SequenceSamples(NamedTuple):
-    """A batch of windows.
+    """A batch of windows as they are stored; :meth:`DreamerPolicy.to_batch` makes them what the nets see.
 
     Step t of a window is one row: an observation, the reward received on arriving at it, and the action that led to it.
 
@@ -85,7 +84,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param classes: of each categorical, C
     :param seed: of the sampling; None: drawn from NumPy's global generator, which SB3 seeds, so that the seed of the model is
         enough to repeat a run
-    :raises ValueError: ``optimize_memory_usage`` is True, or ``batch_length`` is smaller than 1
+    :raises ValueError: ``optimize_memory_usage`` is True, or ``batch_length`` is no whole number of at least 1
     """
 
     def __init__(
@@ -110,8 +109,7 @@ class SequenceReplayBuffer(ReplayBuffer):
                 "optimize_memory_usage=True is not needed by SequenceReplayBuffer, "
                 "which stores each observation once already; allowed: False"
             )
-        if batch_length < 1:
-            raise ValueError(f"batch_length must be at least 1, got {batch_length}")
+        check_int("batch_length", batch_length, 1)
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
@@ -131,9 +129,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.writer = EpisodeWriter(self.rows, self.windows)
 
     def _obs_columns(self) -> dict[str, Column]:
-        space, shapes = self.observation_space, _entries(self.obs_shape)
-        columns = {}
-        for key, part in (space.spaces if isinstance(space, spaces.Dict) else {_ONLY_KEY: space}).items():
+        shapes, columns = by_key(self.obs_shape), {}
+        for key, part in spaces_by_key(self.observation_space).items():
             # SB3 counts the first dimension of MultiDiscrete only
             shape = part.shape if isinstance(part, spaces.MultiDiscrete) else shapes[key]
             # float64 is stored as float32: the nets compute in float32 anyway, and it is half the memory
@@ -158,7 +155,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:  # type: ignore[override]
         """:return: (rows, E, *obs_shape), by key if the space is a Dict"""
-        return self._like_space(self.rows.observations)
+        return like_space(self.rows.observations, self.observation_space)
 
     @property
     def actions(self) -> np.ndarray:  # type: ignore[override]
@@ -209,10 +206,6 @@ class SequenceReplayBuffer(ReplayBuffer):
         """:return: rows that each ring holds, (E,)"""
         return self.rows.stored()
 
-    def _like_space(self, entries: dict[str, Any]) -> Any:
-        """Return entries of observations as a dict if the space is one, else the only entry."""
-        return entries if isinstance(self.observation_space, spaces.Dict) else entries[_ONLY_KEY]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """:param state: of a buffer that was pickled or copied, or of one that was saved when this was one class"""
         if "rows" in state:
@@ -226,7 +219,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.__dict__.update(saved)
         self._make_parts()
         if self.size() > 0:
-            self.rows.restore(old["rows_added"], _entries(old["observations"]), {name: old[name] for name in _COLUMNS})
+            self.rows.restore(old["rows_added"], by_key(old["observations"]), {name: old[name] for name in _COLUMNS})
         self.windows.queue = old["_queue"]
         self.writer.staged, self.writer.pending = old["_staged"], old["_pending"]
         self.writer.pending_rewards, self.writer.pending_obs = old["_pending_rewards"], old["_pending_obs"]
@@ -267,7 +260,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         if len(infos) != self.n_envs:
             raise ValueError(f"infos: expected one per environment ({self.n_envs}), received {len(infos)}")
         timeouts = [self.handle_timeout_termination and bool(info.get("TimeLimit.truncated", False)) for info in infos]
-        self.writer.add(_entries(obs), _entries(next_obs), action, reward, done, np.array(timeouts))
+        self.writer.add(by_key(obs), by_key(next_obs), action, reward, done, np.array(timeouts))
         fullest = int(self.rows.added.max())
         self.pos, self.full = fullest % self.buffer_size, fullest >= self.buffer_size
 
@@ -367,8 +360,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     def _obs_to_torch(self, observations: dict[str, np.ndarray], env: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
         """Normalise the observations, (B, T, ...), and return them in the form of the space."""
         # VecNormalize wants a dict exactly if the space is one
-        normalized = self._normalize_obs(self._like_space(observations), env)
-        return _map_entries(lambda array: self.to_torch(array, copy=False), normalized)
+        normalized = by_key(self._normalize_obs(like_space(observations, self.observation_space), env))
+        tensors = {key: self.to_torch(array, copy=False) for key, array in normalized.items()}
+        return like_space(tensors, self.observation_space)
 
     def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
         """Convert an array to a tensor on the device. A GPU fetches it from pinned memory while the host goes on.
@@ -380,13 +374,3 @@ class SequenceReplayBuffer(ReplayBuffer):
         if self.device.type == "cuda":
             return th.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
         return super().to_torch(array, copy)
-
-
-def _entries(value: Any) -> dict[str, Any]:
-    """Return a dict as it is, and anything else as a dict with one entry, so that both need only one code path."""
-    return value if isinstance(value, dict) else {_ONLY_KEY: value}
-
-
-def _map_entries(function: Callable[[np.ndarray], Any], value: Any) -> Any:
-    """Apply a function to an array, or to each array of a dict."""
-    return {key: function(array) for key, array in value.items()} if isinstance(value, dict) else function(value)

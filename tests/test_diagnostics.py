@@ -1,6 +1,6 @@
 """The diagnostics against definitions written out here, the callbacks, and the command.
 
-Letters: B windows, T steps, N states, D deter, C classes, K rows.
+Letters: B sequences, T steps, N states, D deter, C classes, K rows.
 """
 
 import importlib.util
@@ -91,7 +91,7 @@ def policy(model: DreamerGPLD) -> Iterator[DreamerPolicy]:
 
 
 def inputs(policy: DreamerPolicy, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Any deter (N, D) and tokens (N, E)."""
+    """Any deter (N, D) and tokens (N, tokens)."""
     return th.randn(count, policy.config.deter), th.randn(count, policy.world_model.encoder.size)
 
 

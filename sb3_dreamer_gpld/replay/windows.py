@@ -1,6 +1,6 @@
 """Choice of the windows that a batch consists of: new ones first, then uniformly among all that are stored.
 
-Letters: B windows, T trained steps of each, E environments.
+Letters: B sequences, T steps, E environments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writing of episodes into rows: what each observation was followed by is known one transition later.
 
-Letters: E environments, D deter, K rows of the stochastic state.
+Letters: E environments, D deter, K categoricals of the stochastic state.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 
+from sb3_dreamer_gpld.observations import ONLY_KEY
 from sb3_dreamer_gpld.replay.rows import Rows
 from sb3_dreamer_gpld.replay.windows import WindowSampler
 
@@ -107,7 +108,7 @@ class EpisodeWriter:
         """Check an observation and return its entries as (E, *shape), in a dict of our own."""
         result = {}
         for key, column in self.rows.format.observations.items():
-            label = f"{name}[{key!r}]" if key else name
+            label = name if key == ONLY_KEY else f"{name}[{key!r}]"
             expected = (self.rows.n_envs, *column.shape)
             if key not in obs:
                 raise ValueError(f"{label}: expected shape {expected}, received no such key, only {sorted(obs)}")
