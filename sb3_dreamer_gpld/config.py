@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
+from sb3_dreamer_gpld.observations import ONLY_KEY, spaces_by_key
 from sb3_dreamer_gpld.schedules import SCHEDULES, default_parameters
 
 # Network sizes of the authors' release; "debug" is for tests.
@@ -35,17 +36,36 @@ IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples o
 MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
 
 
-def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """Text of the error for a name that does not exist, with the closest one that does."""
-    allowed = list(allowed)
+def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = False) -> str:
+    """Text of the error for a name that does not exist, with the closest one that does.
+
+    :param kind: what it should be the name of
+    :param name: what was given
+    :param allowed: those that exist
+    :param brief: list these only if none is close to the name and they are fewer than 50, in alphabetical order
+    """
+    allowed = [str(each) for each in allowed]
     close = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{kind} {name!r} does not exist.{hint} Allowed: {', '.join(map(str, allowed))}."
+    text = f"{kind} {name!r} does not exist"
+    if not brief:
+        return f"{text}.{hint} Allowed: {', '.join(allowed)}."
+    if close:
+        return f"{text}.{hint}"
+    return f"{text}. Allowed: {', '.join(sorted(allowed))}" if len(allowed) < 50 else text
 
 
-def check_int(name: str, value: Any, minimum: int) -> None:
+def check_int(name: str, value: Any, minimum: int) -> int:
+    """:return: the value as an int
+
+    :param name: what to call it in the error
+    :param value: to check; True and False are no numbers here
+    :param minimum: smallest that is allowed
+    :raises ValueError: it is no whole number, or too small
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
+    return int(value)
 
 
 def check_range(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
@@ -285,7 +305,7 @@ class PenaltyConfig:
 class VectorKey:
     """An observation that the vector encoder sees.
 
-    :param name: key in the Dict space, "" if the space is not a Dict
+    :param name: key in the Dict space, ONLY_KEY if the space is no Dict
     :param shape: shape of one observation
     :param nvec: classes of each number of a Discrete, MultiDiscrete or MultiBinary space, None for a Box
     :param offset: smallest value of a Discrete space
@@ -306,7 +326,7 @@ class VectorKey:
 class ImageKey:
     """An observation that the image encoder sees.
 
-    :param name: key in the Dict space, "" if the space is not a Dict
+    :param name: key in the Dict space, ONLY_KEY if the space is no Dict
     :param height, width, channels: size in pixels
     :param channels_first: the space is (channels, height, width)
     :param scale: largest value, 255 for uint8 images and 1 for normalised ones
@@ -348,7 +368,7 @@ class ObservationSpec:
         :param normalize_images: images are uint8 in [0, 255]; if False also float images in [0, 1]
         :raises ValueError: another space, an empty one, or an image smaller than 16 pixels
         """
-        subspaces = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+        subspaces = spaces_by_key(space)
         vectors, images = [], []
         for name in sorted(subspaces):
             key = _observation_key(name, subspaces[name], normalize_images)
@@ -367,7 +387,7 @@ def _check_start(where: str, space: spaces.MultiDiscrete) -> None:
 
 
 def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> VectorKey | ImageKey:
-    where = f"observation {name!r}" if name else "the observation space"
+    where = "the observation space" if name == ONLY_KEY else f"observation {name!r}"
     if isinstance(space, spaces.Box):
         if is_image_space(space, check_channels=False, normalized_image=not normalize_images):
             # SB3 hands uint8 images over channels first. An image side has 16 pixels at least, so only a shape of three

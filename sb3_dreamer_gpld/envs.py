@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
-from numbers import Integral
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -23,21 +22,10 @@ from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
+from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, spaces_by_key
+
 _DM_CONTROL = "dm_control/"
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    """Check that ``value`` is a whole number of at least 1.
-
-    :param name: What to call the value in the error
-    :param value: The value to check
-    :return: The value as an int
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
 
 
 def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
@@ -46,8 +34,8 @@ def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
     For dm_control tasks it comes from the task's control timestep: Shimmy puts the milliseconds between two steps into
     ``metadata["render_fps"]`` instead of the steps of a second.
 
-    :param env: The environment, wrapped or not
-    :return: Steps per second; what ``metadata["render_fps"]`` says for other environments, None if it is missing
+    :param env: the environment, wrapped or not
+    :return: steps per second; what ``metadata["render_fps"]`` says for other environments, None if it is missing
     """
     layer, repeat = env, 1
     while isinstance(layer, gym.Wrapper):
@@ -65,12 +53,12 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode). Videos run
     at the speed of the simulation: ``metadata["render_fps"]`` counts one picture per action, see ``steps_per_second``.
 
-    :param env: The environment to wrap
-    :param repeat: How many times each action is applied, at least 1
+    :param env: the environment to wrap
+    :param repeat: how many times each action is applied, at least 1
     """
 
     def __init__(self, env: gym.Env[Any, Any], repeat: int = 2) -> None:
-        self.repeat = _at_least_one("repeat", repeat)
+        self.repeat = check_int("repeat", repeat, 1)
         RecordConstructorArgs.__init__(self, repeat=self.repeat)
         gym.Wrapper.__init__(self, env)
         rate = steps_per_second(env)
@@ -81,8 +69,8 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Apply ``action`` up to ``repeat`` times.
 
-        :param action: The action
-        :return: Last observation, sum of the rewards, terminated, truncated, last info with ``frames``
+        :param action: the action
+        :return: last observation, sum of the rewards, terminated, truncated, last info with ``frames``
         """
         total, frames, terminated, truncated = 0.0, 0, False, False
         while frames < self.repeat and not (terminated or truncated):
@@ -99,15 +87,15 @@ class PixelObservation(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
     so the size and camera of recorded videos stay independent of what the agent sees. Together with ``ActionRepeat``,
     wrap with this one last: then only the last of the repeated states is rendered.
 
-    :param env: A dm_control environment made by Shimmy
-    :param size: Height and width of the picture
+    :param env: a dm_control environment made by Shimmy
+    :param size: height and width of the picture
     :param camera_id: Number or name of the task's camera (-1 is the free camera)
     """
 
     def __init__(self, env: gym.Env[Any, Any], size: Sequence[int] = (64, 64), camera_id: int | str = 0) -> None:
         if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
             raise TypeError(f"size must be two integers (height, width), got {size!r}")
-        self.size = (_at_least_one("height", size[0]), _at_least_one("width", size[1]))
+        self.size = (check_int("height", size[0], 1), check_int("width", size[1], 1))
         self.camera_id = camera_id
         RecordConstructorArgs.__init__(self, size=list(self.size), camera_id=camera_id)
         gym.ObservationWrapper.__init__(self, env)
@@ -121,8 +109,8 @@ class PixelObservation(gym.ObservationWrapper[Any, Any, Any], RecordConstructorA
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
         """Render the current state.
 
-        :param observation: The wrapped environment's observation, dropped
-        :return: The picture under the key ``image``
+        :param observation: the wrapped environment's observation, dropped
+        :return: the picture under the key ``image``
         """
         height, width = self.size
         # Composer tasks make a new physics object at each reset, so it is looked up every time.
@@ -160,13 +148,13 @@ def make_dmc(
     Suite tasks end by truncation after 1000 steps of the simulator's control loop, with or without ``action_repeat``.
 
     :param task: ``"walker-walk"``, or the same as a Gymnasium id, ``"dm_control/walker-walk-v0"``
-    :param pixels: Whether the observation is a picture instead of the task's own numbers, see ``PixelObservation``
-    :param action_repeat: How many times each action is applied, see ``ActionRepeat``
-    :param size: Height and width of the picture with ``pixels``
-    :param camera_id: Camera of the picture, and of ``env.render()``
-    :param render_mode: What ``env.render()`` returns (``"rgb_array"`` for videos)
-    :param seed: Seed of the episodes; ``env.reset(seed=...)`` starts anew from its own seed
-    :return: The environment
+    :param pixels: whether the observation is a picture instead of the task's own numbers, see ``PixelObservation``
+    :param action_repeat: how many times each action is applied, see ``ActionRepeat``
+    :param size: height and width of the picture with ``pixels``
+    :param camera_id: camera of the picture, and of ``env.render()``
+    :param render_mode: what ``env.render()`` returns (``"rgb_array"`` for videos)
+    :param seed: seed of the episodes; ``env.reset(seed=...)`` starts anew from its own seed
+    :return: the environment
     """
     env_id = _find_task(task)
     make_kwargs: dict[str, Any] = {"render_mode": render_mode}
@@ -188,7 +176,7 @@ def make_dmc(
 def lost_processes(env: VecEnv) -> str:
     """Tell which processes of a SubprocVecEnv have ended; SB3 itself only raises an EOFError or a BrokenPipeError.
 
-    :param env: A vectorised environment, wrapped or not
+    :param env: a vectorised environment, wrapped or not
     :return: "the process of environment 1 ended ...", or "" if none has, or there are no processes
     """
     unwrapped = env.unwrapped
@@ -209,8 +197,8 @@ def lost_processes(env: VecEnv) -> str:
 def blamed_environment(error: BaseException, env: VecEnv) -> str:
     """Tell which environment an error came from; SB3 keeps that to the local variables of its loops.
 
-    :param error: An error that was raised inside ``env``
-    :param env: A vectorised environment, wrapped or not
+    :param error: an error that was raised inside ``env``
+    :param env: a vectorised environment, wrapped or not
     :return: "environment 1", with the shape of its observation if that is what is wrong, or "" if nothing tells
     """
     unwrapped = env.unwrapped
@@ -228,12 +216,10 @@ def blamed_environment(error: BaseException, env: VecEnv) -> str:
 
 def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
     """What shape is wrong in an observation, or ""."""
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-    values = observation if isinstance(space, spaces.Dict) else {"": observation}
-    for key, part in parts.items():
+    values = observation if isinstance(space, spaces.Dict) else {ONLY_KEY: observation}
+    for key, part in spaces_by_key(space).items():
         if key in values and np.shape(values[key]) != part.shape:
-            name = f"observation {key!r}" if key else "the observation"
-            return f"{name}: expected shape {part.shape}, received {np.shape(values[key])}"
+            return f"{called('observation', key)}: expected shape {part.shape}, received {np.shape(values[key])}"
     return ""
 
 
@@ -266,8 +252,8 @@ def check_finite(
     """Refuse what no net can learn from.
 
     :param step: of the agent
-    :param observation: of N environments, (N, *shape), or by key
-    :param reward: (N,)
+    :param observation: of E environments, (E, *shape), or by key
+    :param reward: (E,)
     :param infos: of each environment; they may have an episode's last observation
     :raises ValueError: NaN or infinity; names the key, the environment's index and the step
     """
@@ -282,16 +268,15 @@ def check_finite(
                 "Allowed: finite numbers. Nothing of this step was stored"
             )
 
-    by_key = observation if isinstance(observation, dict) else {"": observation}
-    for key, values in by_key.items():
-        check(f"observation {key!r}" if key else "the observation", values)
+    for key, values in by_key(observation).items():
+        check(called("observation", key), values)
     if reward is not None:
         check("the reward", reward)
     for env, info in enumerate(infos or ()):
         terminal = info.get("terminal_observation")
         if terminal is not None:
-            for key, value in (terminal if isinstance(terminal, dict) else {"": terminal}).items():
-                check(f"terminal observation {key!r}" if key else "the terminal observation", np.asarray(value)[None], env)
+            for key, value in by_key(terminal).items():
+                check(called("terminal observation", key), np.asarray(value)[None], env)
 
 
 def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]) -> None:
@@ -348,8 +333,8 @@ def register_dm_control() -> None:
 def _find_task(task: str) -> str:
     """Look up a dm_control task, registering all of them on the first call.
 
-    :param task: Short name or Gymnasium id of the task
-    :return: Its Gymnasium id
+    :param task: short name or Gymnasium id of the task
+    :return: its Gymnasium id
     """
     if not isinstance(task, str):
         raise TypeError(f"task must be a name such as 'walker-walk', got {task!r}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
+from sb3_dreamer_gpld.observations import like_space, spaces_by_key
 from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
 from sb3_dreamer_gpld.saving import atomic_file
 
@@ -42,16 +43,16 @@ class ActingStep(nn.Module):
         self, observation: Tensor | dict[str, Tensor], state: tuple[Tensor, Tensor, Tensor], episode_start: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """
-        :param observation: N observations as the model's space has them, (N, *shape), by key if it is a Dict
-        :param state: deter (N, D), stoch (N, C, K), action (N, A) of the last step; anything where an episode starts
-        :param episode_start: where the state is dropped, bool (N,)
-        :return: actions in the dtype and bounds of the space, (N, *action shape), and the new state
+        :param observation: E observations as the model's space has them, (E, *shape), by key if it is a Dict
+        :param state: deter (E, D), stoch (E, C, K), action (E, A) of the last step; anything where an episode starts
+        :param episode_start: where the state is dropped, bool (E,)
+        :return: actions in the dtype and bounds of the space, (E, *action shape), and the new state
         """
         memory = self.policy.act(observation, RecurrentState(*state), episode_start, deterministic=True)
         return self.to_env_action(memory.action), tuple(memory)  # type: ignore[return-value]
 
     def to_env_action(self, action: Tensor) -> Tensor:
-        """As :meth:`DreamerPolicy.to_env_action`, operation by operation: (N, A) → (N, *action shape)."""
+        """As :meth:`DreamerPolicy.to_env_action`, operation by operation: (E, A) → (E, *action shape)."""
         spec = self.policy.action_spec
         if spec.nvec is not None:
             return (decode_categories(action, spec.nvec) + spec.offset).view(-1, *spec.shape).to(self.dtype)
@@ -66,7 +67,7 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
     The program is deterministic, runs on the processor, and takes any number of environments at a time. Observations are
     not normalised in it: with VecNormalize, give it normalised ones. Images are laid out as in ``model.observation_space``,
     that is with channels first. Beside the program, the file holds ``policy.json``: shapes and dtypes of the observations
-    ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all without N::
+    ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all for one environment::
 
         import json
         import torch
@@ -109,10 +110,8 @@ def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:
 
 
 def _observation_spaces(policy: DreamerPolicy) -> dict[str, spaces.Space]:
-    """By key, "" for a space that is no Dict; entries without numbers are left out."""
-    space = policy.observation_space
-    entries = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
-    return {name: entry for name, entry in entries.items() if 0 not in (entry.shape or ())}
+    """By key; entries without numbers are left out."""
+    return {name: entry for name, entry in spaces_by_key(policy.observation_space).items() if 0 not in (entry.shape or ())}
 
 
 def _example(policy: DreamerPolicy) -> tuple[Any, tuple[Tensor, ...], Tensor]:
@@ -122,15 +121,13 @@ def _example(policy: DreamerPolicy) -> tuple[Any, tuple[Tensor, ...], Tensor]:
         value = np.full(space.shape or (), getattr(space, "start", 0), space.dtype)
         observation[name] = th.as_tensor(np.stack([value, value]))
     state = tuple(policy.initial_state(2))
-    single = observation if isinstance(policy.observation_space, spaces.Dict) else observation[""]
-    return single, state, th.ones(2, dtype=th.bool)
+    return like_space(observation, policy.observation_space), state, th.ones(2, dtype=th.bool)
 
 
 def _dynamic_shapes(policy: DreamerPolicy) -> tuple[Any, ...]:
     batch = {0: th.export.Dim("n_envs", min=1)}
-    is_dict = isinstance(policy.observation_space, spaces.Dict)
-    observation = {name: batch for name in _observation_spaces(policy)} if is_dict else batch
-    return observation, (batch, batch, batch), batch
+    observation = {name: batch for name in _observation_spaces(policy)}
+    return like_space(observation, policy.observation_space), (batch, batch, batch), batch
 
 
 def _metadata(policy: DreamerPolicy) -> dict[str, Any]:

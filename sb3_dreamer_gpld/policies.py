@@ -1,6 +1,6 @@
 """The nets as one SB3 policy, with a stateful ``predict``.
 
-Letters: N environments, D deter, K rows, C classes, A action numbers as the nets see them.
+Letters: E environments, D deter, K rows, C classes, A action numbers as the nets see them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, un
 from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.observations import by_key
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
 
 
 class RecurrentState(NamedTuple):
-    """What the agent remembers between two steps of N environments.
+    """What the agent remembers between two steps of E environments.
 
-    :param deter: (N, D)
-    :param stoch: one-hots, (N, C, K)
-    :param action: last action as the nets see it, (N, A)
+    :param deter: (E, D)
+    :param stoch: one-hots, (E, C, K)
+    :param action: last action as the nets see it, (E, A)
     """
 
     deter: Tensor
@@ -188,8 +189,8 @@ class DreamerPolicy(BasePolicy):
     def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
         """As SB3 does it, but entries of a Dict without any number in them are left out.
 
-        :param observation: one observation, or N of them
-        :return: N observations on the policy's device, and whether there were N of them or one
+        :param observation: one observation, or E of them
+        :return: E observations on the policy's device, and whether there were E of them or one
         """
         if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
             empty = {name for name, space in self.observation_space.items() if 0 in (space.shape or ())}
@@ -197,7 +198,7 @@ class DreamerPolicy(BasePolicy):
         return super().obs_to_tensor(observation)
 
     def initial_state(self, n_envs: int) -> RecurrentState:
-        """State before the first step of N environments: zeros."""
+        """State before the first step of E environments: zeros."""
         deter, stoch = self.world_model.rssm.initial(n_envs)
         return RecurrentState(deter, stoch, deter.new_zeros(n_envs, self.action_spec.size))
 
@@ -207,19 +208,19 @@ class DreamerPolicy(BasePolicy):
     ) -> RecurrentState:
         """One step of acting.
 
-        :param observation: N observations, as :meth:`obs_to_tensor` gives them
+        :param observation: E observations, as :meth:`obs_to_tensor` gives them
         :param state: after the previous step
-        :param is_first: the observation starts an episode, bool (N,)
+        :param is_first: the observation starts an episode, bool (E,)
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
         """
-        n, config = is_first.shape[0], self.config  # not len(): it would fix N in an exported program
-        tokens = self.world_model.encode(as_dict(observation), (n, 1)).squeeze(1)  # (N, E)
+        n, config = is_first.shape[0], self.config  # not len(): it would fix E in an exported program
+        tokens = self.world_model.encode(by_key(observation), (n, 1)).squeeze(1)  # (E, tokens)
         noise = None if deterministic else th.rand(n, config.stoch, device=tokens.device)
         following = self.world_model.rssm.step(
             tokens, state.action, is_first, state.deter, state.stoch.flatten(1), noise
-        )  # (N, ...)
-        outputs = self.actor_critic.policy(following.features)  # (N, outputs)
+        )  # (E, ...)
+        outputs = self.actor_critic.policy(following.features)  # (E, outputs)
         distribution = self.actor_critic.distribution
         if deterministic:
             action = distribution.mode(outputs)
@@ -236,19 +237,19 @@ class DreamerPolicy(BasePolicy):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for one or more observations, with the memory handed back by the caller.
 
-        :param observation: one observation, or N of them
+        :param observation: one observation, or E of them
         :param state: what the last call returned; None: nothing is remembered
-        :param episode_start: bool (N,), where the memory is dropped; None: nowhere
+        :param episode_start: bool (E,), where the memory is dropped; None: nowhere
         :param deterministic: take the most probable latent and action; no random number is drawn
-        :return: actions in the space's dtype and bounds, and the new memory (deter (N, D), stoch (N, C, K),
-            action (N, A)); the arguments are left as they are
+        :return: actions in the space's dtype and bounds, and the new memory (deter (E, D), stoch (E, C, K),
+            action (E, A)); the arguments are left as they are
         :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
             return super().predict(observation)  # raises SB3's own message on mixed up APIs
         tensors, vectorized = self.obs_to_tensor(observation)
-        n = len(next(iter(as_dict(tensors).values())))
+        n = len(next(iter(by_key(tensors).values())))
         if state is None:
             memory = self.initial_state(n)
         else:
@@ -265,8 +266,8 @@ class DreamerPolicy(BasePolicy):
         return actions, tuple(x.cpu().numpy() for x in memory)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        """Actions without memory: scaled to [−1, 1] for a Box, else class indices, (N, *action shape)."""
-        n = len(next(iter(as_dict(observation).values())))
+        """Actions without memory: scaled to [−1, 1] for a Box, else class indices, (E, *action shape)."""
+        n = len(next(iter(by_key(observation).values())))
         is_first = th.ones(n, dtype=th.bool, device=self.device)
         action = self.act(observation, self.initial_state(n), is_first, deterministic).action
         if self.action_spec.nvec is not None:
@@ -280,7 +281,7 @@ class DreamerPolicy(BasePolicy):
     # ------------------------------------------------------------------------------------------ actions
 
     def to_env_action(self, action: Tensor) -> np.ndarray:
-        """Actions of the nets (N, A) as the environment takes them: (N, *action shape), its dtype, within its bounds."""
+        """Actions of the nets (E, A) as the environment takes them: (E, *action shape), its dtype, within its bounds."""
         if self.action_spec.nvec is not None:
             index = decode_categories(action, self.action_spec.nvec) + self.action_spec.offset
             return index.view(-1, *self.action_spec.shape).cpu().numpy().astype(self.action_space.dtype)
@@ -312,14 +313,14 @@ class DreamerPolicy(BasePolicy):
             low = self.action_spec.offset
             actions = actions.clamp(low, low + self.action_spec.nvec[0] - 1)
         return Batch(
-            as_dict(samples.observations),
-            self.encode_stored_action(actions),
-            samples.rewards,
-            samples.is_first,
-            samples.is_last,
-            samples.is_terminal,
-            samples.deter,
-            stoch.float(),
+            observations=by_key(samples.observations),
+            actions=self.encode_stored_action(actions),
+            rewards=samples.rewards,
+            is_first=samples.is_first,
+            is_last=samples.is_last,
+            is_terminal=samples.is_terminal,
+            deter=samples.deter,
+            stoch=stoch.float(),
         )
 
 
@@ -362,8 +363,3 @@ class MultiInputPolicy(DreamerPolicy):
                 f"MultiInputPolicy needs a Dict observation space, not {observation_space}. Use MlpPolicy or CnnPolicy."
             )
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
-
-
-def as_dict(observation: PyTorchObs) -> dict[str, Tensor]:
-    """An observation by key; the key of a space that is no Dict is ""."""
-    return observation if isinstance(observation, dict) else {"": observation}

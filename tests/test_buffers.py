@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_dreamer_gpld import buffers
+from sb3_dreamer_gpld import replay
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer, SequenceSamples
 
 D, K, C = 3, 2, 5
@@ -408,10 +408,10 @@ def test_online_queue_skips_overwritten_windows_and_stays_short() -> None:
         driver.add([STEP, STEP])
     # Rows 989..1000 are left. The window of rows 988..991 lost its context, the next two are whole
     assert driver.buffer.sample(4).starts.tolist() == [993, 993, 997, 997]
-    assert len(driver.buffer._queue) == 0
+    assert len(driver.buffer.windows.queue) == 0
     for _ in range(1001):
         driver.add([STEP, STEP])
-    assert len(driver.buffer._queue) <= 6
+    assert len(driver.buffer.windows.queue) <= 6
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -689,7 +689,7 @@ def test_every_class_can_be_stored(classes: int, dtype: type) -> None:
         buffer.stage(np.array([False]), np.ones((1, 1)), np.array(stoch))
         buffer.add(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
     assert buffer.stoch.dtype == dtype
-    first, second = buffer._context(np.array([0]), np.array([0])), buffer._context(np.array([1]), np.array([0]))
+    first, second = buffer._latents(np.array([0]), np.array([0])), buffer._latents(np.array([0]), np.array([1]))
     assert (first[0].tolist(), first[1].tolist()) == ([[1]], [[0, classes - 1]])
     assert (second[0].tolist(), second[1].tolist()) == ([[0]], [[-1, -1]])
 
@@ -727,24 +727,20 @@ def test_latents_that_come_after_reset_are_dropped() -> None:
 # ---------------------------------------------------------------- memory
 
 
-def allocated(buffer: SequenceReplayBuffer) -> bool:
-    return any(name in vars(buffer) for name in ARRAYS)
-
-
 def test_arrays_are_allocated_on_first_use() -> None:
     buffer = Driver(2, 20, 3).buffer
     assert issubclass(SequenceReplayBuffer, ReplayBuffer)
     assert buffer.size() == 0 and not buffer.has_window()
     buffer.stage(np.zeros(2, bool), np.ones((2, D)), np.ones((2, K), int))
     buffer = copy.deepcopy(pickle.loads(pickle.dumps(buffer)))
-    assert not allocated(buffer)
+    assert not buffer.rows.allocated
     for name in ARRAYS:
         array = getattr(copy.deepcopy(buffer), name)
         for each in array.values() if isinstance(array, dict) else [array]:
             assert each.shape[:2] == (10, 2) and not each.any()
     driver = Driver(2, 20, 3)
     driver.add([STEP, STEP])
-    assert allocated(driver.buffer)
+    assert driver.buffer.rows.allocated
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         driver.buffer.nonsense  # noqa: B018
 
@@ -755,14 +751,14 @@ def test_memory_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_memory(available: int) -> SequenceReplayBuffer:
         memory = SimpleNamespace(available=available)
-        monkeypatch.setattr(buffers, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
+        monkeypatch.setattr(replay.rows, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
         return Driver(2, 1000, 3).buffer
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert with_memory(needed).actions.shape == (500, 2, ACTION_DIM)
         tight = with_memory(needed - 1)
-        monkeypatch.setattr(buffers, "psutil", None)
+        monkeypatch.setattr(replay.rows, "psutil", None)
         assert Driver(2, 1000, 3).buffer.actions.shape == (500, 2, ACTION_DIM)
     with_memory(needed - 1)
     with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
@@ -781,13 +777,13 @@ def test_pickle_holds_only_what_is_filled(tmp_path: Any) -> None:
     np.testing.assert_array_equal(loaded.observations, buffer.observations[:100])
     np.testing.assert_array_equal(loaded.rewards, buffer.rewards[:100])
     # Only the copies may have been cut
-    assert len(buffer.observations) == buffers.FIRST_ROWS
+    assert len(buffer.observations) == replay.rows.FIRST_ROWS
 
 
 def test_arrays_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Far more rows than fit into the memory may be allowed; an error on the way loses nothing."""
-    monkeypatch.setattr(buffers, "FIRST_ROWS", 4)
-    monkeypatch.setattr(buffers, "psutil", None)
+    monkeypatch.setattr(replay.rows, "FIRST_ROWS", 4)
+    monkeypatch.setattr(replay.rows, "psutil", None)
     driver = Driver(2, 10**13, 3)
     lengths = set()
     for i in range(40):
@@ -800,7 +796,7 @@ def test_arrays_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> Non
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(buffers, "_lengthened", no_memory)
+        patch.setattr(replay.rows, "_lengthened", no_memory)
         with pytest.raises(MemoryError, match="holds 128 of 10,000,000,000,000 rows.*smaller buffer_size"):
             for _ in range(40):
                 driver.add([STEP, DONE])
@@ -824,7 +820,7 @@ def test_reset_empties_everything() -> None:
         driver.add([STEP, DONE], staged=True)
     driver.buffer.stage(np.ones(2, bool), np.ones((2, D)), np.ones((2, K), int))
     driver.buffer.reset()
-    assert not allocated(driver.buffer) and driver.buffer.size() == 0 and driver.buffer.rows_added.tolist() == [0, 0]
+    assert not driver.buffer.rows.allocated and driver.buffer.size() == 0 and driver.buffer.rows_added.tolist() == [0, 0]
     fresh = Driver(2, 20, 3)
     fresh.buffer, driver.buffer.rng = driver.buffer, np.random.default_rng(0)
     for _ in range(12):

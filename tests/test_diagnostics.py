@@ -1,6 +1,6 @@
 """The diagnostics against definitions written out here, the callbacks, and the command.
 
-Letters: B windows, T steps, N states, D deter, C classes, K rows.
+Letters: B sequences, T steps, N states, D deter, C classes, K rows.
 """
 
 import importlib.util
@@ -91,7 +91,7 @@ def policy(model: DreamerGPLD) -> Iterator[DreamerPolicy]:
 
 
 def inputs(policy: DreamerPolicy, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Any deter (N, D) and tokens (N, E)."""
+    """Any deter (N, D) and tokens (N, tokens)."""
     return th.randn(count, policy.config.deter), th.randn(count, policy.world_model.encoder.size)
 
 
@@ -261,7 +261,7 @@ def learned(callback: list[BaseCallback] | None) -> tuple[DreamerGPLD, dict[str,
         "rewards": th.as_tensor(buffer.rewards),
         "deter": th.as_tensor(buffer.deter),
         "torch": th.get_rng_state(),
-        "others": [str(x) for x in (buffer._queue, buffer.rng.bit_generator.state, np.random.get_state()[1].tolist())],
+        "others": [str(x) for x in (buffer.windows.queue, buffer.rng.bit_generator.state, np.random.get_state()[1].tolist())],
     }
 
 

@@ -74,13 +74,13 @@ def test_action_repeat_of_one_changes_nothing() -> None:
 
 @pytest.mark.parametrize("repeat", [2.0, "2", None, True])
 def test_action_repeat_wants_an_integer(repeat: Any) -> None:
-    with pytest.raises(TypeError, match="repeat must be an integer"):
+    with pytest.raises(ValueError, match="repeat must be a whole number of at least 1, not"):
         ActionRepeat(Counter(), repeat=repeat)
 
 
 @pytest.mark.parametrize("repeat", [0, -1])
 def test_action_repeat_wants_at_least_one(repeat: int) -> None:
-    with pytest.raises(ValueError, match=f"repeat must be at least 1, got {repeat}"):
+    with pytest.raises(ValueError, match=f"repeat must be a whole number of at least 1, not {repeat}"):
         ActionRepeat(Counter(), repeat=repeat)
 
 
@@ -300,8 +300,8 @@ def test_dmc_pixels_that_cannot_be_drawn(wrong: dict[str, Any], message: str) ->
         (64, TypeError, "size must be two integers"),
         ((64, 64, 3), TypeError, "size must be two integers"),
         ("64", TypeError, "size must be two integers"),
-        ((64, 32.5), TypeError, "width must be an integer"),
-        ((0, 64), ValueError, "height must be at least 1"),
+        ((64, 32.5), ValueError, "width must be a whole number of at least 1, not 32.5"),
+        ((0, 64), ValueError, "height must be a whole number of at least 1"),
     ],
 )
 def test_dmc_pixels_of_wrong_size(size: Any, error: type[Exception], message: str) -> None:

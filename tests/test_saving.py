@@ -340,6 +340,7 @@ def test_a_replay_buffer_of_the_first_version_loads_for_ever() -> None:
     loaded.load_replay_buffer(FIRST_VERSION.with_name("buffer_v1.pkl"))
     buffer = loaded.replay_buffer
     assert buffer is not None and buffer.size() == 63  # 3 episodes of 20 steps, and their last observations
+    assert list(buffer.windows.queue) == [(0, 55)] and not buffer.writer.pending.any()
     env, updates = Clock(), loaded._n_updates
     for row in range(63):  # what the environment gives for the stored actions
         observation, reward = (env.reset()[0], 0.0) if row % 21 == 0 else env.step(buffer.actions[row - 1, 0])[:2]

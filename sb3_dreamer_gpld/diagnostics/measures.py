@@ -1,6 +1,6 @@
 """How smooth a world model is, and how far its predictions carry.
 
-Letters: B windows, T steps, N states, H imagined steps, D deter, C classes, K rows, E token numbers, A action numbers.
+Letters: B sequences, T steps, N states, H imagined steps, D deter, C classes, K rows, A action numbers.
 The state of the model is s = [deter, stoch], D + C·K numbers, which is also what the heads read ("features").
 """
 
@@ -19,6 +19,7 @@ from sb3_dreamer_gpld.execution import plain_steps
 from sb3_dreamer_gpld.nets.distributions import categorical_kl, decode_categories
 from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, head_penalty
+from sb3_dreamer_gpld.observations import ONLY_KEY
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def posterior_states(policy: DreamerPolicy, batch: Batch) -> tuple[States, Tenso
 
     :param policy: the model
     :param batch: B windows of T steps
-    :return: the states, and the tokens (B, T, E)
+    :return: the states, and the tokens (B, T, tokens)
     """
     tokens = policy.world_model.encode(batch.observations, batch.rewards.shape)
     noise = th.rand(*batch.rewards.shape, policy.config.stoch, device=tokens.device)
@@ -73,7 +74,7 @@ def posterior_probabilities(policy: DreamerPolicy, inputs: Tensor) -> Tensor:
     """The map that the penalty smooths.
 
     :param policy: the model
-    :param inputs: u = [deter, tokens], (N, D + E)
+    :param inputs: u = [deter, tokens], (N, D + tokens)
     :return: class probabilities after the uniform mix, (N, C, K)
     """
     rssm, config = policy.world_model.rssm, policy.config
@@ -87,7 +88,7 @@ def posterior_sensitivity(policy: DreamerPolicy, inputs: Tensor, scale: float) -
     """KL(q(u) ‖ q(u + δ)) of the posterior, summed over its rows, for one δ ~ N(0, scale²·I) at each u.
 
     :param policy: the model
-    :param inputs: u, (N, D + E)
+    :param inputs: u, (N, D + tokens)
     :param scale: standard deviation of each number of δ
     :return: nats, (N,)
     """
@@ -101,7 +102,7 @@ def jacobian_norms(policy: DreamerPolicy, deter: Tensor, tokens: Tensor) -> tupl
     Their squares are K times the penalty of a state, whose mean over the rows is divided by K.
 
     :param policy: the model
-    :param deter, tokens: (N, D), (N, E)
+    :param deter, tokens: (N, D), (N, tokens)
     :return: (N,) each
     """
     rssm, config = policy.world_model.rssm, policy.config
@@ -192,7 +193,7 @@ def smoothness(
     """Measure the smoothness of the model at posterior states.
 
     :param policy: the model
-    :param deter, stoch, tokens: (N, D), (N, C, K), (N, E)
+    :param deter, stoch, tokens: (N, D), (N, C, K), (N, tokens)
     :param scales: standard deviations of δ
     :param horizon: steps of the imagined rollouts
     :param rollouts: how many of the states they start from, the first ones
@@ -299,7 +300,7 @@ def prediction_errors(policy: DreamerPolicy, features: Tensor, batch: Batch, gam
     lives = gamma * (1.0 - batch.is_terminal.to(cont.dtype))
     return {
         "observation": th.stack(list(by_key.values())).mean(0),
-        **({} if "" in by_key else {f"observation/{name}": by_key[name] for name in sorted(by_key)}),
+        **({} if ONLY_KEY in by_key else {f"observation/{name}": by_key[name] for name in sorted(by_key)}),
         "reward": (reward - batch.rewards).abs(),
         "continue": (cont - lives).abs(),
     }

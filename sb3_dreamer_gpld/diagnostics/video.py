@@ -1,6 +1,6 @@
 """Open-loop predictions of image observations as videos: drawn, and written as mp4 and for TensorBoard.
 
-Letters: B windows, T steps, D deter, C classes, K rows.
+Letters: B sequences, T steps, D deter, C classes, K rows.
 """
 
 from __future__ import annotations

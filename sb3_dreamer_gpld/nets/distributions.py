@@ -1,6 +1,6 @@
 """Probability distributions of the world model and the actor-critic, as functions of tensors.
 
-Letters: C classes, K rows (categoricals), A action numbers, N states; ``...`` stands for any batch dimensions.
+Letters: C classes, K rows, A action numbers, N states; ``...`` stands for any batch dimensions.
 
 Sources: Hafner et al., "Mastering diverse control tasks through world models", Nature 2025 (symlog, two-hot,
 uniform mix, bounded normal) and the authors' JAX release for the constants.

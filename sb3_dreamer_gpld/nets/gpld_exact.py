@@ -96,34 +96,34 @@ class _OwnProducts(th.autograd.Function):
     instead of keeping them all. Of G the entries from a strip's first unit on are read, and those right of the strip's square
     stand for both sides.
 
-    Letters: M = R·C classes of all rows, s units of a strip, e = h − start units from its first one on.
+    Letters: s units of a strip, e = h − start units from its first one on.
     """
 
     @staticmethod
     def forward(ctx: Any, slope: Tensor, weight: Tensor, gram: Tensor) -> Tensor:
         """
         :param slope: diagonal of S, (n, h)
-        :param weight: w, (M, h)
+        :param weight: w of all rows, (R·C, h)
         :param gram: G, (h, h)
-        :return: (n, M)
+        :return: (n, R·C)
         """
         ctx.save_for_backward(slope, weight, gram)
         total = slope.new_zeros(len(slope), len(weight))
         for start in range(0, len(gram), STRIP):
-            outer = _pairs(weight, start).mul_(_doubled(gram, start))  # (M, s, e)
+            outer = _pairs(weight, start).mul_(_doubled(gram, start))  # (R·C, s, e)
             total.addmm_(_pairs(slope, start).flatten(1), outer.flatten(1).T)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:param gradient: (n, M)"""
+        """:param gradient: (n, R·C)"""
         slope, weight, gram = ctx.saved_tensors
         of_slope, of_weight, of_gram = th.zeros_like(slope), th.zeros_like(weight), th.zeros_like(gram)
         for start in range(0, len(gram), STRIP):
-            factors, pairs = _doubled(gram, start), _pairs(weight, start)  # (s, e), (M, s, e)
+            factors, pairs = _doubled(gram, start), _pairs(weight, start)  # (s, e), (R·C, s, e)
             of_slopes = (gradient @ pairs.flatten(1)).view(len(slope), *factors.shape).mul_(factors)  # (n, s, e)
-            of_outer = (gradient.T @ _pairs(slope, start).flatten(1)).view_as(pairs)  # (M, s, e)
+            of_outer = (gradient.T @ _pairs(slope, start).flatten(1)).view_as(pairs)  # (R·C, s, e)
             of_gram[start : start + STRIP, start:] = pairs.mul_(of_outer).sum(0)
             _add_gradient_of_pairs(of_slope, slope, of_slopes, start)
             _add_gradient_of_pairs(of_weight, weight, of_outer.mul_(factors), start)
@@ -133,12 +133,12 @@ class _OwnProducts(th.autograd.Function):
 
 
 def _pairs(x: Tensor, start: int) -> Tensor:
-    """Products of the numbers of a strip with those from its first one on, (N, h) → (N, s, e)."""
+    """Products of the numbers of a strip with those from its first one on, (·, h) → (·, s, e)."""
     return x[:, start : start + STRIP].unsqueeze(-1) * x[:, start:].unsqueeze(-2)
 
 
 def _add_gradient_of_pairs(total: Tensor, x: Tensor, gradient: Tensor, start: int) -> None:
-    """Add the gradient of x (N, h) to ``total``, from that of its :func:`_pairs`, (N, s, e)."""
+    """Add the gradient of x (·, h) to ``total``, from that of its :func:`_pairs`, (·, s, e)."""
     total[:, start : start + STRIP] += th.bmm(gradient, x[:, start:].unsqueeze(-1)).squeeze(-1)
     total[:, start:] += th.bmm(x[:, start : start + STRIP].unsqueeze(-2), gradient).squeeze(-2)
 

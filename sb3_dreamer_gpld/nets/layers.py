@@ -1,6 +1,8 @@
 """Building blocks of the nets: layers, heads, image and vector encoders and decoders.
 
-Letters: B sequences, T steps, U units, G blocks, A action numbers; ``...`` stands for any batch dimensions.
+Letters: B sequences, T steps, N states, D deter, C classes, K rows, G blocks, A action numbers; ``...`` stands for any
+batch dimensions.
+
 Sources: Hafner et al., Nature 2025 (Methods, "Networks"); the authors' JAX release for layer order, initialisation
 and output scales.
 """
@@ -256,9 +258,9 @@ class ImageEncoder(nn.Module):
         """
         x = image - 0.5
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            x = layer(x.permute(0, 3, 1, 2))  # (N, depth, h, w), channels last in memory
+            x = layer(x.permute(0, 3, 1, 2))  # (N, depth, height, width), channels last in memory
             x = F.max_pool2d(x, 2, ceil_mode=True)
-            x = norm(x.permute(0, 2, 3, 1))  # (N, h/2, w/2, depth)
+            x = norm(x.permute(0, 2, 3, 1))  # (N, height/2, width/2, depth)
         x = x.flatten(1)
         return x if self.project is None else self.project(x)
 
@@ -296,10 +298,10 @@ class ImageDecoder(nn.Module):
         :param stoch: (N, K·C)
         :return: image in (0, 1), (N, height, width, channels)
         """
-        h, w, depth = self.grid
-        x = self.deter_grid(deter)  # (G, N, h·w·depth/G)
-        x = x.view(len(x), -1, h, w, depth // len(x)).permute(1, 2, 3, 0, 4).flatten(3)  # (N, h, w, depth)
-        x = x + self.stoch_grid(self.stoch_in(stoch)).view(-1, h, w, depth)
+        height, width, depth = self.grid
+        x = self.deter_grid(deter)  # (G, N, height·width·depth/G)
+        x = x.view(len(x), -1, height, width, depth // len(x)).permute(1, 2, 3, 0, 4).flatten(3)  # (N, height, width, depth)
+        x = x + self.stoch_grid(self.stoch_in(stoch)).view(-1, height, width, depth)
         x = self.grid_norm(x)
         for layer, norm in zip(self.convs, self.norms, strict=True):
             x = norm(self._upsample(x, layer))
@@ -307,7 +309,7 @@ class ImageDecoder(nn.Module):
 
     @staticmethod
     def _upsample(x: Tensor, layer: nn.Module) -> Tensor:
-        """(N, h, w, in) → (N, 2h, 2w, out)"""
+        """(N, height, width, in) → (N, 2·height, 2·width, out)"""
         x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
         return layer(x).permute(0, 2, 3, 1)
 
@@ -346,7 +348,7 @@ class Encoder(nn.Module):
     def forward(self, vectors: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
         """:param vectors: :func:`vector_targets`, (..., size) each
         :param images: :func:`image_targets` of each group, (..., height, width, channels) each
-        :return: tokens (..., E)
+        :return: tokens (..., tokens)
         """
         tokens = []
         if vectors:

@@ -1,7 +1,7 @@
 """The recurrent state-space model: one step, a sequence of observations, an imagined rollout.
 
-Letters: B sequences, T steps, N states, H imagined steps, D deter, C classes, K rows, G blocks, E token numbers,
-A action numbers, h hidden units.
+Letters: B sequences, T steps, N states, H imagined steps, D deter, C classes, K rows, G blocks, A action
+numbers, h hidden units.
 
 Source: Hafner et al., Nature 2025 (Methods, "World model learning") and the authors' release, ``rssm.py``.
 """
@@ -72,7 +72,7 @@ class Products(NamedTuple):
 class RSSM(SteppedModule):
     """Recurrent state-space model with a block-diagonal GRU core and a categorical stochastic state.
 
-    :param tokens: size of the encoder's output, E
+    :param tokens: size of the encoder's output
     :param actions: numbers in an action, A
     :param config: sizes
     """
@@ -111,7 +111,7 @@ class RSSM(SteppedModule):
     ) -> States:
         """Posterior states along sequences; state and action before a first step are zeroed.
 
-        :param tokens: (B, T, E)
+        :param tokens: (B, T, tokens)
         :param actions: action before each observation, (B, T, A)
         :param is_first: the observation starts an episode, (B, T)
         :param deter: state before the first step, (B, D)
@@ -135,7 +135,7 @@ class RSSM(SteppedModule):
     ) -> States:
         """One step of :meth:`observe`, for acting: without what makes many steps cheap.
 
-        :param tokens: (N, E)
+        :param tokens: (N, tokens)
         :param action: before the observation, (N, A)
         :param is_first: the observation starts an episode, (N,)
         :param deter, stoch: previous state, (N, D), (N, C·K)
@@ -155,7 +155,7 @@ class RSSM(SteppedModule):
 
         Whatever does not depend on the state is computed for all steps at once and added.
 
-        :param tokens: (B, T, E)
+        :param tokens: (B, T, tokens)
         :param actions: (B, T, A)
         """
         steps = tokens.shape[1::-1]  # T, B

@@ -4,7 +4,7 @@ Automatic differentiation gives each step's product a weight gradient of its own
 product with an inner dimension of 16, and then adds them up: most of the backward pass's memory traffic. Here the gradient
 is one product over all steps.
 
-Letters: T steps, t of them handed over together, N rows (sequences), G blocks.
+Letters: T steps, N states, G blocks; "steps" in a shape are those that are handed over together.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 class Affine(NamedTuple):
     """A sum of matrix products, ``added`` + Σ x·weight.
 
-    :param added: (N, outputs), or (G, N, outputs) for G blocks; N may be 1, or left out without blocks. It has a leading
-        dimension of steps where several are handed over together, to be called one by one
+    :param added: (N, outputs), or (G, N, outputs) for G blocks; 1 may stand for all N, or nothing without blocks. It has a
+        leading dimension of steps where several are handed over together, to be called one by one
     :param weights: one for each input, (inputs, outputs), or (G, inputs, outputs)
     """
 
@@ -42,11 +42,11 @@ class Affine(NamedTuple):
 
 
 class Unrolled:
-    """One :class:`Affine` at each of T steps. A :class:`Running` calls t of them, and :meth:`note` takes what it kept.
+    """One :class:`Affine` at each of T steps. A :class:`Running` calls some of them, and :meth:`note` takes what it kept.
 
-    :param added: of each step, for all rows: (T, N, outputs), or (T, G, N, outputs)
+    :param added: of each step, for all states: (T, N, outputs), or (T, G, N, outputs)
     :param weights: as in :class:`Affine`
-    :param together: steps that :meth:`at` gives at once, t
+    :param together: steps that :meth:`at` gives at once
     """
 
     def __init__(self, added: Tensor, weights: Sequence[Tensor], together: int) -> None:
@@ -58,13 +58,13 @@ class Unrolled:
         self.weights = [as_computed(weight.detach()) for weight in weights]
 
     def at(self, part: int) -> Affine:
-        """The sums of products of t steps: what is added at each, (t, ...), and the weights, detached."""
+        """The sums of products of some steps: what is added at each, (steps, ...), and the weights, detached."""
         return Affine(self.added[part], self.weights)
 
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Keep the inputs of some steps, which the weights' gradients need.
 
-        :param inputs: :meth:`Running.inputs` of these steps, (t, ...) each
+        :param inputs: :meth:`Running.inputs` of these steps, (steps, ...) each
         """
         if th.is_grad_enabled():
             for all_inputs, x in zip(self.inputs, inputs, strict=True):
@@ -72,9 +72,9 @@ class Unrolled:
 
 
 class Running:
-    """The products of t steps, of which each call makes the next one and keeps what it was called with.
+    """The products of some steps, of which each call makes the next one and keeps what it was called with.
 
-    :param product: with what is added at each of the steps, (t, ...)
+    :param product: with what is added at each of the steps, (steps, ...)
     """
 
     def __init__(self, product: Affine) -> None:
@@ -89,7 +89,7 @@ class Running:
         return at_step(*inputs)
 
     def inputs(self) -> list[Tensor]:
-        """What each input was at the steps, (t, ...) each, without gradient."""
+        """What each input was at the steps, (steps, ...) each, without gradient."""
         return [th.stack(x).detach() for x in zip(*self.called_with, strict=True)]
 
 
@@ -110,12 +110,12 @@ class _WeightGradient(th.autograd.Function):
         """:param gradient: (T, N, outputs), or (T, G, N, outputs)"""
         if not ctx.needs_input_grad[1]:
             return gradient, None, None
-        x = _all_rows(th.cat(ctx.inputs).to(ctx.computed))  # (T·N, inputs), or (G, T·N, inputs)
-        weight = x.mT @ _all_rows(gradient.to(ctx.computed))  # (inputs, outputs), or (G, inputs, outputs)
+        x = _all_states(th.cat(ctx.inputs).to(ctx.computed))  # (T·N, inputs), or (G, T·N, inputs)
+        weight = x.mT @ _all_states(gradient.to(ctx.computed))  # (inputs, outputs), or (G, inputs, outputs)
         return gradient, weight.to(ctx.dtype), None
 
 
-def _all_rows(x: Tensor) -> Tensor:
+def _all_states(x: Tensor) -> Tensor:
     """(T, ..., N, size) → (..., T·N, size)"""
     return x.movedim(0, -3).flatten(-3, -2)
 

@@ -32,9 +32,9 @@ from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 
 
 class Batch(NamedTuple):
-    """Replayed sequences as the nets see them.
+    """Sequences as the nets see them; :class:`SequenceSamples` has them as they are stored.
 
-    :param observations: by key of the Dict space ("" if the space is no Dict), (B, T, *shape)
+    :param observations: by key (``ONLY_KEY`` if the space is no Dict), (B, T, *shape)
     :param actions: action before each observation, (B, T, A)
     :param rewards: received on arriving at each observation, (B, T)
     :param is_first: the observation starts an episode, bool (B, T)
@@ -159,7 +159,7 @@ class WorldModel(SteppedModule):
         return vector_targets(self.spec, observations, batch, dtype), images
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
-        """:return: tokens (*batch, E)"""
+        """:return: tokens (*batch, tokens)"""
         return self.encoder(*self.targets(observations, batch))
 
     def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
@@ -232,7 +232,7 @@ class WorldModel(SteppedModule):
     def encode_targets(
         self, observations: Mapping[str, Tensor], batch: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """:meth:`targets` and the tokens (*batch, E) that the encoder makes of them."""
+        """:meth:`targets` and the tokens (*batch, tokens) that the encoder makes of them."""
         vectors, images = self.targets(observations, batch)
         return vectors, images, self.encoder(vectors, images)
 
@@ -282,7 +282,7 @@ class WorldModel(SteppedModule):
 
         The other states count as zeros, as published: their mean, the loss, has the effective weight ρ·λ.
 
-        :param deter, tokens: (B, T, D), (B, T, E)
+        :param deter, tokens: (B, T, D), (B, T, tokens)
         :param draws: random numbers
         :param posterior, prior: which nets are penalised
         :return: "posterior_penalty" and "prior_penalty" as far as they are, (B, T)

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 
+from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.presets import CONFIGS
-from sb3_dreamer_gpld.zoo.check import read_yaml, unknown
+from sb3_dreamer_gpld.zoo.check import read_yaml
 
 NAME = "dreamer_gpld"  # of the algorithm, for --algo
 DEFAULT_ENV = "CartPole-v1"  # Inside rl_zoo3: what its scripts take without --env
@@ -110,7 +111,7 @@ def find_config(given: str | None) -> str:
         return str(shipped)
     if not given.endswith((".yml", ".yaml", ".py")):
         return given  # rl_zoo3 also takes the name of a Python module
-    fail(unknown("the file", given, sorted(path.name for path in CONFIGS.glob("*.yml"))))
+    fail(unknown_name("the file", given, sorted(path.name for path in CONFIGS.glob("*.yml")), brief=True))
 
 
 def choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:
@@ -128,7 +129,7 @@ def choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:
     name = next((name for name in (env_id, "atari" if is_atari else "default") if name in entries), None)
     if name is None:
         hint = ". For Atari games it can also be 'atari'" if is_atari else ""
-        fail(unknown(f"{file}: the entry", env_id, entries) + hint)
+        fail(unknown_name(f"{file}: the entry", env_id, entries, brief=True) + hint)
     if not isinstance(entries[name], dict):
         fail(f"{file}, {name}: an entry is a list of 'key: value' lines, not {entries[name]!r}")
     return name, dict(entries[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import re
@@ -18,7 +17,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer_gpld.config import SIZES, check_int, check_range
+from sb3_dreamer_gpld.config import SIZES, check_int, check_range, unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
@@ -35,15 +34,6 @@ _SET_ELSEWHERE = {
     "action_noise": "noise_type and noise_std",
 }
 _NO_ENV: dict[str, Any] = {"policy": "MlpPolicy", "env": None}
-
-
-def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """Text of the error for a name that does not exist: the closest one that does, or if there is none, all of them."""
-    allowed = sorted(map(str, allowed))
-    close = difflib.get_close_matches(str(name), allowed, n=1)
-    if close:
-        return f"{kind} {name!r} does not exist. Did you mean {close[0]!r}?"
-    return f"{kind} {name!r} does not exist" + (f". Allowed: {', '.join(allowed)}" if len(allowed) < 50 else "")
 
 
 def read_yaml(file: str) -> tuple[dict[str, Any], list[str]]:
@@ -88,7 +78,7 @@ def _check_environment(name: object) -> Iterable[str]:
     """Only dm_control's tasks are all known: other environments may come from packages that are not imported here."""
     tasks = [env_id for env_id in gym.registry if env_id.startswith(DM_CONTROL)]
     if str(name).startswith(DM_CONTROL) and tasks and name not in tasks:
-        yield unknown("the environment", name, tasks)
+        yield unknown_name("the environment", name, tasks, brief=True)
 
 
 def check_entry(entry: dict[str, Any]) -> list[str]:
@@ -123,7 +113,7 @@ def _check_key(key: str, value: Any) -> None:
         raise ValueError(f"this is set by {_SET_ELSEWHERE[key]}, not here")
     if key not in _ZOO_KEYS and (key not in parameters or key.startswith("_")):
         allowed = [name for name in parameters if name not in _SET_ELSEWHERE and not name.startswith("_")]
-        raise TypeError(unknown("the key", key, [*allowed, *_ZOO_KEYS]))
+        raise TypeError(unknown_name("the key", key, [*allowed, *_ZOO_KEYS], brief=True))
     if key in _CHECKS:
         _CHECKS[key](value)
     elif isinstance(parameters[key].default, bool) and not isinstance(value, bool):
@@ -218,7 +208,7 @@ def _find_class(path: Any) -> type:
         raise ValueError(f"{path!r}: {error}") from error
     if not isinstance(getattr(module, name, None), type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise ValueError(unknown(f"in {module_name}, the class", name, classes))
+        raise ValueError(unknown_name(f"in {module_name}, the class", name, classes, brief=True))
     return getattr(module, name)
 
 
@@ -232,10 +222,12 @@ def _check_names(names: Iterable[str], function: Callable[..., Any], given_alrea
         return
     for name in names:
         if name not in [parameter.name for parameter in parameters]:
-            raise TypeError(unknown(f"the argument of {function.__name__}", name, [p.name for p in parameters]))
+            raise TypeError(
+                unknown_name(f"the argument of {function.__name__}", name, [p.name for p in parameters], brief=True)
+            )
 
 
-def _check_classes(given_already: int) -> Callable[[Any], None]:
+def _check_classes(given_already: int) -> Callable[[Any], object]:
     """Check of wrappers and callbacks: a class, one with arguments, or a list of these."""
 
     def check(value: Any) -> None:
@@ -255,7 +247,7 @@ def _check_classes(given_already: int) -> Callable[[Any], None]:
     return check
 
 
-def _check_dict_for(function: Callable[..., Any], given_already: int = 1) -> Callable[[Any], None]:
+def _check_dict_for(function: Callable[..., Any], given_already: int = 1) -> Callable[[Any], object]:
     """Check of arguments for a function, as a dict or a text that gives one."""
 
     def check(value: Any) -> None:
@@ -272,7 +264,7 @@ def _check_steps(value: Any) -> None:
         raise ValueError(f"n_timesteps must be a number of at least 1, not {value!r}")
 
 
-def _check_count(name: str) -> Callable[[Any], None]:
+def _check_count(name: str) -> Callable[[Any], object]:
     return lambda value: check_int(name, value, 1)
 
 
@@ -296,7 +288,7 @@ def _check_policy(value: Any) -> None:
         if not issubclass(_find_class(value), DreamerPolicy):
             raise TypeError(f"{value} is not a policy of DreamerGPLD: it must derive from DreamerPolicy")
     elif value not in DreamerGPLD.policy_aliases:
-        raise ValueError(unknown("the policy", value, DreamerGPLD.policy_aliases))
+        raise ValueError(unknown_name("the policy", value, DreamerGPLD.policy_aliases, brief=True))
 
 
 def _learning_rate(value: Any) -> float:
@@ -320,7 +312,7 @@ def _check_train_freq(value: Any) -> None:
 
 def _check_model_size(value: Any) -> None:
     if value is not None and value not in SIZES:
-        raise ValueError(unknown("the model size", value, SIZES))
+        raise ValueError(unknown_name("the model size", value, SIZES, brief=True))
 
 
 def _check_policy_kwargs(value: Any) -> None:
@@ -329,7 +321,7 @@ def _check_policy_kwargs(value: Any) -> None:
 
 
 # Inside rl_zoo3: keys that it takes out before it makes the agent
-_ZOO_KEYS: dict[str, Callable[[Any], None]] = {
+_ZOO_KEYS: dict[str, Callable[[Any], object]] = {
     "n_timesteps": _check_steps,
     "n_envs": _check_count("n_envs"),
     "frame_stack": _check_count("frame_stack"),
@@ -343,7 +335,7 @@ _ZOO_KEYS: dict[str, Callable[[Any], None]] = {
     "noise_std": lambda value: check_range("noise_std", value, 0.0, float("inf")),
 }
 
-_CHECKS: dict[str, Callable[[Any], None]] = {
+_CHECKS: dict[str, Callable[[Any], object]] = {
     **_ZOO_KEYS,
     "policy": _check_policy,
     "policy_kwargs": _check_policy_kwargs,

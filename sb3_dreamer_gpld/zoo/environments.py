@@ -9,9 +9,10 @@ import sys
 
 import gymnasium as gym
 
+from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import register_dm_control
 from sb3_dreamer_gpld.zoo.arguments import fail
-from sb3_dreamer_gpld.zoo.check import DM_CONTROL, unknown
+from sb3_dreamer_gpld.zoo.check import DM_CONTROL
 
 
 def has_display() -> bool:
@@ -67,4 +68,7 @@ def prepare_environment(env_id: str, packages: list[str], rendering: bool) -> No
             if env_id.startswith(DM_CONTROL):
                 fail(str(error))
     if env_id not in gym.registry:
-        fail(unknown("the environment", env_id, gym.registry) + " (those of other packages need --gym-packages)")
+        fail(
+            unknown_name("the environment", env_id, gym.registry, brief=True)
+            + " (those of other packages need --gym-packages)"
+        )

@@ -1,6 +1,6 @@
 """Episodes of a trained agent, recorded as the replay buffer keeps them, and windows of them with the model's own states.
 
-Letters: B windows, T steps, D deter, C classes, K rows, E token numbers.
+Letters: B sequences, T steps, D deter, C classes, K rows.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _record(policy: DreamerPolicy, env: VecEnv, buffer: SequenceReplayBuffer, ma
 
 
 class Filtered(NamedTuple):
-    """Posterior states of T steps: deter (T, D), stoch (T, C, K), tokens (T, E)."""
+    """Posterior states of T steps: deter (T, D), stoch (T, C, K), tokens (T, tokens)."""
 
     deter: Tensor
     stoch: Tensor

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import register_dm_control
 from sb3_dreamer_gpld.zoo.arguments import (
     NAME,
@@ -29,7 +30,7 @@ from sb3_dreamer_gpld.zoo.arguments import (
     say_environment,
     take,
 )
-from sb3_dreamer_gpld.zoo.check import DM_CONTROL, check_entry, check_file, unknown
+from sb3_dreamer_gpld.zoo.check import DM_CONTROL, check_entry, check_file
 from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prepare_environment
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
@@ -232,5 +233,5 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {name:<14}{command.help}" for name, command in COMMANDS.items()))
         return 0 if args else 2
     if args[0] not in COMMANDS:
-        fail(unknown("the command", args[0], COMMANDS))
+        fail(unknown_name("the command", args[0], COMMANDS, brief=True))
     return COMMANDS[args[0]].run(args[1:]) or 0

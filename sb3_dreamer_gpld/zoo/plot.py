@@ -28,8 +28,8 @@ _DM_CONTROL = "dm_control-"
 class Run(NamedTuple):
     """Evaluations of one run.
 
-    :param steps: the agent's steps before each, (E,)
-    :param returns: mean return of each, (E,)
+    :param steps: the agent's steps before each, (evaluations,)
+    :param returns: mean return of each, (evaluations,)
     """
 
     steps: np.ndarray

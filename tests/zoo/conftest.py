@@ -9,7 +9,7 @@ import pytest
 import yaml
 from entries import PLAIN, SMALL
 
-from sb3_dreamer_gpld import SequenceReplayBuffer
+from sb3_dreamer_gpld.replay.rows import Rows
 
 collect_ignore_glob = [] if importlib.util.find_spec("rl_zoo3") else ["test_*.py"]
 
@@ -39,10 +39,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if the replay buffer takes memory."""
 
-    def refuse(self: SequenceReplayBuffer) -> None:
+    def refuse(self: Rows) -> None:
         raise AssertionError("the replay buffer was allocated")
 
-    monkeypatch.setattr(SequenceReplayBuffer, "_allocate", refuse)
+    monkeypatch.setattr(Rows, "_allocate", refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_every_task_has_the_setting_of_the_paper(name: str) -> None:
     [
         ({"batchsize": 16}, r"^batchsize: the key 'batchsize' does not exist\. Did you mean 'batch_size'\?$"),
         ({"penalty": 16}, r"^penalty: the key 'penalty' does not exist\. Did you mean"),
-        ({"lr": 16}, r"^lr: the key 'lr' does not exist\. Allowed: batch_length, batch_size"),
+        ({"lr": 16}, r"^lr: the key 'lr' does not exist\. Allowed: actor_gradient, .*batch_length, batch_size"),
         ({"seed": 1}, r"^seed: this is set by --seed"),
         ({"batch_size": "16"}, r"^batch_size: .* not '16'"),
         ({"batch_size": 0}, r"^batch_size: .* not 0"),

@@ -1,0 +1,236 @@
+"""Memory of the replay buffer: one ring of rows per environment.
+
+Rows are named by their numbers, counted from 0 in each environment and never reset by wrapping; where a row lies is known here
+only.
+
+Letters: E environments.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    # Only needed to warn before the memory runs out
+    import psutil  # type: ignore[import-untyped]
+except ImportError:
+    psutil = None
+
+# Rows of each ring that are allocated at first; the arrays double when they are full
+FIRST_ROWS = 1024
+
+
+class Column(NamedTuple):
+    """One array of the memory.
+
+    :param shape: of one row's entry
+    :param given_shape: of the entry as the environment gives it
+    :param dtype: of the array
+    """
+
+    shape: tuple[int, ...]
+    given_shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class RowFormat(NamedTuple):
+    """What a row holds.
+
+    :param observations: by key
+    :param action: in the form that SB3 stores
+    :param deter: numbers in the deterministic state, D
+    :param stoch: categoricals of the stochastic state, K
+    :param stoch_dtype: unsigned type of their class indices
+    """
+
+    observations: dict[str, Column]
+    action: Column
+    deter: int
+    stoch: int
+    stoch_dtype: np.dtype
+
+    @property
+    def no_latent(self) -> int:
+        """:return: the class index that marks a row without a latent"""
+        return int(np.iinfo(self.stoch_dtype).max)
+
+    def columns(self) -> dict[str, Column]:
+        """:return: all but the observations"""
+        scalar = Column((), (), np.dtype(np.float32))
+        return {
+            "actions": self.action,
+            "rewards": scalar,
+            "dones": scalar,
+            "timeouts": scalar,
+            "is_first": scalar._replace(dtype=np.dtype(bool)),
+            "deter": Column((self.deter,), (self.deter,), np.dtype(np.float32)),
+            "stoch": Column((self.stoch,), (self.stoch,), self.stoch_dtype),
+        }
+
+
+class Rows:
+    """A ring of ``capacity`` rows per environment; row ``n`` lies at index ``n % capacity``.
+
+    The arrays are allocated on first use and grow with what is stored, up to the capacity, so that a model which is loaded
+    only to be evaluated does not take the memory. A pickle holds what is filled.
+
+    :param capacity: of each ring
+    :param n_envs: number of rings, E
+    :param format: what a row holds
+    """
+
+    def __init__(self, capacity: int, n_envs: int, format: RowFormat) -> None:
+        self.capacity, self.n_envs, self.format = capacity, n_envs, format
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows and free the arrays."""
+        self.added = np.zeros(self.n_envs, dtype=np.int64)  # (E,) rows ever added to each ring
+        self._observations: dict[str, np.ndarray] | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def allocated(self) -> bool:
+        """:return: whether the arrays take memory"""
+        return self._arrays is not None
+
+    @property
+    def observations(self) -> dict[str, np.ndarray]:
+        """:return: by key, (rows, E, *shape)"""
+        self._allocate()
+        assert self._observations is not None
+        return self._observations
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """:return: all but the observations, (rows, E, *shape)"""
+        self._allocate()
+        assert self._arrays is not None
+        return self._arrays
+
+    def _allocate(self) -> None:
+        """Allocate the first rows of all arrays, after a warning if the full capacity seems too large for this machine."""
+        if self.allocated:
+            return
+        columns = self.format.columns()
+        every = [*columns.values(), *self.format.observations.values()]
+        _warn_if_too_large(self.capacity * self.n_envs * sum(math.prod(c.shape) * c.dtype.itemsize for c in every))
+        rows = (min(FIRST_ROWS, self.capacity), self.n_envs)
+        self._observations = {key: np.zeros((*rows, *c.shape), dtype=c.dtype) for key, c in self.format.observations.items()}
+        self._arrays = {name: np.zeros((*rows, *c.shape), dtype=c.dtype) for name, c in columns.items()}
+
+    def make_room(self, more: int) -> None:
+        """Lengthen the arrays, at least twofold, so that every ring can take some more rows.
+
+        :param more: rows to come in each ring; beyond the capacity they overwrite the oldest ones
+        :raises MemoryError: the memory is full; the rows stored so far are kept
+        """
+        allocated, rows = len(self.arrays["rewards"]), int(self.added.max()) + more
+        if min(rows, self.capacity) <= allocated:
+            return
+        wanted = min(max(rows, 2 * allocated), self.capacity)
+        try:
+            observations = {key: _lengthened(array, wanted) for key, array in self.observations.items()}
+            arrays = {name: _lengthened(array, wanted) for name, array in self.arrays.items()}
+        except MemoryError as error:
+            raise MemoryError(
+                f"The replay buffer holds {allocated * self.n_envs:,} of {self.capacity * self.n_envs:,} rows, and there "
+                "is no memory for more; use a smaller buffer_size"
+            ) from error
+        self._observations, self._arrays = observations, arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        """:return: what to pickle or copy; of the arrays, what has been filled"""
+        state, filled = self.__dict__.copy(), int(self.stored().max())
+        for name in ("_observations", "_arrays"):
+            by_name = state[name]
+            state[name] = {key: array[:filled] for key, array in by_name.items()} if by_name and filled else None
+        return state
+
+    def restore(self, added: np.ndarray, observations: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+        """Take over rows that were saved; the arrays grow again when rows are added.
+
+        :param added: rows ever added to each ring, (E,)
+        :param observations: by key, (rows, E, *shape), as far as filled
+        :param arrays: likewise, all but the observations
+        """
+        self.added, self._observations, self._arrays = added, observations, arrays
+
+    # ------------------------------------------------------------------ rows
+
+    def stored(self) -> np.ndarray:
+        """:return: rows that each ring holds, (E,)"""
+        return np.minimum(self.added, self.capacity)
+
+    def holds(self, envs: np.ndarray | int, numbers: np.ndarray | int) -> np.ndarray:
+        """:return: whether rows are stored, neither overwritten nor yet to come; bool, of the shape of both together
+
+        :param envs: their environments
+        :param numbers: their numbers
+        """
+        added = self.added[envs]
+        return (numbers >= added - self.capacity) & (numbers < added)
+
+    def append(self, envs: np.ndarray, observations: dict[str, np.ndarray], **values: Any) -> None:
+        """Write one row at the head of some rings; :meth:`make_room` comes before it.
+
+        :param envs: the rings, (number of rows,)
+        :param observations: of the rows, by key, (number of rows, *shape)
+        :param values: entries for other arrays by name, likewise; an array that is not named keeps what it held
+        """
+        at = (self.added[envs] % self.capacity, envs)
+        for key, array in self.observations.items():
+            array[at] = observations[key]
+        for name, value in values.items():
+            self.arrays[name][at] = value
+        self.added[envs] += 1
+
+    def replace(self, envs: np.ndarray, numbers: np.ndarray, **values: np.ndarray) -> None:
+        """Write new entries into rows; those that are not stored are left out. Of two for the same row, the later one counts.
+
+        :param envs: environments of the rows, of the shape of ``numbers``
+        :param numbers: of the rows
+        :param values: entries by the array's name, (*shape of ``numbers``, *shape of an entry)
+        """
+        held = self.holds(envs, numbers)
+        at = (numbers[held] % self.capacity, envs[held])
+        for name, value in values.items():
+            self.arrays[name][at] = value[held]
+
+    def read(self, name: str, envs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """:return: copy of some rows of an array, (*shape of both together, *shape of an entry)
+
+        :param name: of the array
+        :param envs: environments of the rows
+        :param numbers: of the rows
+        """
+        return self.arrays[name][numbers % self.capacity, envs]
+
+    def read_observations(self, envs: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """:return: copies of the observations of some rows, by key; see :meth:`read`"""
+        return {key: array[numbers % self.capacity, envs] for key, array in self.observations.items()}
+
+
+def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
+    """Put an array (filled, E, ...) at the beginning of a new one (rows, E, ...)."""
+    longer = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def _warn_if_too_large(needed: int) -> None:
+    if psutil is None:
+        return
+    available = psutil.virtual_memory().available
+    if needed > available:
+        warnings.warn(
+            "This system does not seem to have enough memory to store the complete replay buffer "
+            f"{needed / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+            stacklevel=4,
+        )
