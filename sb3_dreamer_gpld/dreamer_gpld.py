@@ -20,6 +20,7 @@ from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import ActionSpec, PenaltyConfig, check_int, check_range, dynamics_share, entropy_target
 from sb3_dreamer_gpld.envs import check_finite, check_normalization, naming_environments, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES
+from sb3_dreamer_gpld.exploration import correlated_noise
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
@@ -73,6 +74,8 @@ class DreamerGPLD(ResumableAlgorithm):
         ``learning_rate``. It is warmed up with the other
     :param imagination_starts: rollouts start from that many of the last states of each sequence (the authors' ``imag_last``);
         None: from all
+    :param exploration_noise: standard deviation of correlated noise (Ornstein-Uhlenbeck) that is added to collected actions in
+        a Box, in their range scaled to [−1, 1]; 0: none, as published. ``action_noise`` takes its place where it is given
     :param learning_rate_warmup: updates over which the learning rate rises linearly from 0
     :param posterior_penalty: λ₀ of the penalty on the posterior; 0: none
     :param prior_penalty: λ₀ of the penalty on the prior; 0: none
@@ -130,6 +133,7 @@ class DreamerGPLD(ResumableAlgorithm):
         actor_gradient: float | str = "reinforce",
         actor_learning_rate: float | Schedule | None = None,
         imagination_starts: int | None = None,
+        exploration_noise: float = 0.0,
         learning_rate_warmup: int = 1000,
         posterior_penalty: float = 0.5,
         prior_penalty: float = 0.0,
@@ -177,6 +181,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.actor_gradient = actor_gradient
         self.actor_learning_rate = actor_learning_rate
         self.imagination_starts = imagination_starts
+        self.exploration_noise = exploration_noise
         self.learning_rate_warmup = learning_rate_warmup
         self.posterior_penalty = posterior_penalty
         self.prior_penalty = prior_penalty
@@ -218,6 +223,9 @@ class DreamerGPLD(ResumableAlgorithm):
         self._make_replay_buffer()
         self._convert_train_freq()
         self._state = None  # the number of environments may have changed in load()
+        self._exploration: ActionNoise | None = None
+        if self.exploration_noise and self.policy.action_spec.nvec is None:
+            self._exploration = correlated_noise(self.exploration_noise, self.policy.action_spec.size, self.n_envs)
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
         self.learner = self.learner_class(self.policy, self._learner_config())
 
@@ -276,6 +284,7 @@ class DreamerGPLD(ResumableAlgorithm):
         actions = ActionSpec.from_space(self.action_space)
         dynamics_share(self.actor_gradient, actions)
         entropy_target(self.ent_coef, self.target_entropy, actions)
+        check_range("exploration_noise", self.exploration_noise, 0.0, float("inf"))
         check_range("penalty_start", self.penalty_start, 0.0, float("inf"))
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {self.precision!r}")
@@ -401,7 +410,7 @@ class DreamerGPLD(ResumableAlgorithm):
                 rollout = self.collect_rollouts(
                     self.env,
                     train_freq=self.train_freq,
-                    action_noise=self.action_noise,
+                    action_noise=self.action_noise or self._exploration,
                     callback=callback,
                     learning_starts=self.learning_starts,
                     replay_buffer=self.replay_buffer,
@@ -510,7 +519,7 @@ class DreamerGPLD(ResumableAlgorithm):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_state", "_lr_schedules", "learner", "update_ratio", "_update_seconds", "_logged_at"]
+        own = ["_state", "_exploration", "_lr_schedules", "learner", "update_ratio", "_update_seconds", "_logged_at"]
         return [*super()._excluded_save_params(), *own]
 
     def _run_state(self) -> dict[str, Any]:

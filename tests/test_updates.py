@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_dreamer_gpld import TINY, tiny
 from test_saving import Clock
 
 from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise
 from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
 
@@ -174,3 +176,80 @@ def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int) -> N
     for one, other in zip(*drawn, strict=True):
         np.testing.assert_array_equal(one, other)
     assert [info["r"] for info in whole.ep_info_buffer] == [info["r"] for info in stopped.ep_info_buffer]
+
+
+# ------------------------------------------------------------------------------------------------------- exploration
+
+
+def test_correlated_noise_has_the_deviation_asked_for_and_lasts() -> None:
+    np.random.seed(0)
+    noise = correlated_noise(0.3, 200, 1)
+    steps = np.stack([noise() for _ in range(400)])[100:]  # (300, A)
+    assert steps.std() == pytest.approx(0.3, rel=0.03)
+    for lag in (1, 5):
+        correlation = (steps[:-lag] * steps[lag:]).mean() / steps.var()
+        assert correlation == pytest.approx((1 - RETURN_RATE) ** lag, abs=0.03)
+    noise.reset()
+    assert np.abs(noise()).mean() < 0.3 * np.sqrt(1 - (1 - RETURN_RATE) ** 2)  # it starts at 0
+
+
+def test_each_environment_has_noise_of_its_own() -> None:
+    noise = correlated_noise(0.3, 2, 3)
+    first = noise()
+    assert first.shape == (3, 2) and len(np.unique(first)) == 6
+    noise.reset(indices=[1])  # type: ignore[call-arg]
+    following = noise()
+    assert not np.allclose(following[0], following[1])
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_exploration_noise_is_added_to_what_is_collected_alone(envs: int) -> None:
+    """Training episodes have it, also over several calls of learn; predict has none."""
+    model = tiny(make_vec_env("Pendulum-v1", envs, seed=0), "MlpPolicy", exploration_noise=0.5, learning_starts=10_000)
+    noises: list[np.ndarray] = []
+    assert model._exploration is not None
+    original = type(model._exploration).__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model._exploration), "__call__", lambda self: noises.append(original(self)) or noises[-1])
+        model.learn(10 * envs)
+        model.learn(10 * envs, reset_num_timesteps=False)
+        assert len(noises) == 20
+        model.predict(np.zeros((envs, 3), np.float32))
+        assert len(noises) == 20
+    steps = np.stack(noises).reshape(20, -1)
+    increments = steps[1:] - (1 - RETURN_RATE) * steps[:-1]  # what is new at each step, through both calls
+    assert np.abs(increments).max() < 5 * 0.5 * np.sqrt(1 - (1 - RETURN_RATE) ** 2) and np.abs(steps).max() > 0.2
+
+
+def test_exploration_noise_is_for_boxes_and_gives_way_to_action_noise() -> None:
+    discrete = tiny("CartPole-v1", exploration_noise=0.5).learn(40)
+    assert discrete._exploration is None and discrete._n_updates > 0
+    given = tiny("Pendulum-v1", exploration_noise=0.5, action_noise=Constant(0.0), learning_starts=1000).learn(3)
+    plain = tiny("Pendulum-v1", learning_starts=1000).learn(3)
+    for model in (given, plain):
+        assert model.replay_buffer is not None
+    np.testing.assert_array_equal(
+        given.replay_buffer.peek(2, np.random.default_rng(0)).prev_actions,  # type: ignore[union-attr]
+        plain.replay_buffer.peek(2, np.random.default_rng(0)).prev_actions,  # type: ignore[union-attr]
+    )
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_wrong_exploration_noise_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="exploration_noise must be a number"):
+        tiny("Pendulum-v1", exploration_noise=wrong)
+
+
+def test_a_run_with_exploration_noise_goes_on_from_its_files(tmp_path: Path) -> None:
+    def run() -> DreamerGPLD:
+        return tiny(Clock(), exploration_noise=0.3)
+
+    whole = run().learn(80)
+    first = run().learn(40)  # two episodes
+    first.save(tmp_path / "model")
+    first.save_replay_buffer(tmp_path / "buffer")
+    resumed = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu")
+    resumed.load_replay_buffer(tmp_path / "buffer")
+    resumed.learn(40, reset_num_timesteps=False)
+    for name, value in whole.policy.state_dict().items():
+        assert th.equal(value, resumed.policy.state_dict()[name]), name
