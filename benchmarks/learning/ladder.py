@@ -74,12 +74,14 @@ class Arm(NamedTuple):
     :param settings: arguments of the algorithm
     :param action_repeat: simulator steps for each step of the agent
     :param target_entropy: nats for each action number; None: as in the settings
+    :param unavailable: why it cannot be run any more; None: it can
     """
 
     name: str
     settings: dict[str, Any]
     action_repeat: int
     target_entropy: float | None
+    unavailable: str | None
 
     @property
     def is_sac(self) -> bool:
@@ -127,7 +129,8 @@ def read_arms() -> dict[str, Arm]:
     arms = {}
     for name in entries:
         values = settings(name)
-        arms[name] = Arm(name, values, values.pop("action_repeat", 2), values.pop("target_entropy_per_number", None))
+        own = (values.pop("action_repeat", 2), values.pop("target_entropy_per_number", None), values.pop("unavailable", None))
+        arms[name] = Arm(name, values, *own)
     return arms
 
 
@@ -297,27 +300,32 @@ def one_of(kind: str, allowed: Sequence[str]) -> Callable[[str], str]:
 
 
 def main() -> int:
-    arms = list(read_arms())
+    arms = read_arms()
+    runnable = [name for name, arm in arms.items() if arm.unavailable is None]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     many = commands.add_parser("run", help="run what is not finished")
     one = commands.add_parser("one", help="a single run, in this process")
     show = commands.add_parser("table", help="print the returns of runs that got that far")
     for command in (many, show):
-        command.add_argument("--arms", nargs="+", type=one_of("arm", arms), default=arms)
+        command.add_argument("--arms", nargs="+", type=one_of("arm", list(arms)), default=runnable)
         command.add_argument("--tasks", nargs="+", type=one_of("task", TASKS), default=TASKS)
     many.add_argument("--seeds", nargs="+", type=int, default=[0])
     many.add_argument("--frames", type=int, default=60_000)
     many.add_argument("--workers", type=int, default=2)
     show.add_argument("--seeds", nargs="+", type=int, help="default: all")
     show.add_argument("--at", type=int, default=60_000, help="frames")
-    one.add_argument("arm", type=one_of("arm", arms))
+    one.add_argument("arm", type=one_of("arm", list(arms)))
     one.add_argument("task", type=one_of("task", TASKS))
     one.add_argument("seed", type=int)
     one.add_argument("frames", type=int)
     for command in (many, one):
         command.add_argument("--runs", type=Path, default=Path("runs/ladder"), help="folder of the checkpoints")
     args = parser.parse_args()
+    if args.command != "table":
+        for name in args.arms if args.command == "run" else [args.arm]:
+            if why := arms[name].unavailable:
+                parser.error(f"the arm {name} cannot be run: {why}")
     if args.command == "one":
         th.set_num_threads(1)
         run(Job(args.arm, args.task, args.seed, args.frames), args.runs)
