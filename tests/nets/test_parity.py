@@ -29,6 +29,12 @@ FOLDERS = [Path(__file__).parents[1] / "parity"] + [Path(p) for p in [os.environ
 RECORDINGS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.npz"))}
 LOSS_TOLERANCE = 1e-5  # relative
 TENSOR_TOLERANCE = 1e-4  # of the largest entry
+# A gradient may also differ from the recorded one by that many times what float32 alone does to it: by how much it differs
+# from its value in float64. The recorded one has such an error too, and each is the largest of many entries.
+ROUNDING_ERRORS = 3.0
+# Of gradients in float64, beside recorded ones in float32. Theirs is the larger error at the output of the value, whose mean
+# the release sums in float32: 1.3e-4 in one recording.
+EXACT_TOLERANCE = 2e-4
 
 # The names of the recorded parameters, and ours.
 NAMES = [
@@ -281,15 +287,23 @@ def assert_losses(name: str, ours: th.Tensor, recorded: th.Tensor) -> None:
     th.testing.assert_close(ours.mean(), recorded.mean(), rtol=LOSS_TOLERANCE, atol=1e-7, msg=lambda m: f"{name}: {m}")
 
 
-def assert_tensor(name: str, ours: th.Tensor, recorded: th.Tensor, before: th.Tensor | None = None) -> None:
-    """Agreement within TENSOR_TOLERANCE of the largest entry; of an update, if ``before`` is given."""
+def assert_tensor(
+    name: str, ours: th.Tensor, recorded: th.Tensor, before: th.Tensor | None = None, exact: th.Tensor | None = None
+) -> None:
+    """Agreement within TENSOR_TOLERANCE of the largest entry; of an update, if ``before`` is given.
+
+    :param exact: the same in float64, which may show that float32 leaves more open
+    """
     assert ours.shape == recorded.shape, name
     ours, recorded = ours.detach(), recorded
     reference = recorded if before is None else recorded - before
     error = (ours - recorded).abs().max().item()
     # A parameter of size 1 is stored to 6e-8: no update can agree better than that.
     rounding = 0.0 if before is None else 1.2e-7 * recorded.abs().max().item()
-    assert error <= TENSOR_TOLERANCE * reference.abs().max().item() + rounding, f"{name}: error {error}"
+    allowed = TENSOR_TOLERANCE * reference.abs().max().item() + rounding
+    if exact is not None:
+        allowed = max(allowed, ROUNDING_ERRORS * (ours - exact).abs().max().item())
+    assert error <= allowed, f"{name}: error {error}, allowed {allowed}"
 
 
 @pytest.fixture(scope="module", params=sorted(RECORDINGS))
@@ -298,7 +312,7 @@ def recording(request: pytest.FixtureRequest) -> Recording:
 
 
 def test_recordings_are_there() -> None:
-    assert {"cont0", "disc0", "image0"} <= set(RECORDINGS)
+    assert {"cont0", "disc0", "image0", "edge0", "edge1"} <= set(RECORDINGS)
 
 
 def test_parity(recording: Recording) -> None:
@@ -340,9 +354,10 @@ def test_parity(recording: Recording) -> None:
     for hook in hooks:
         hook.remove()
     recorded_gradients = recording.parameters("grad/")
-    assert set(gradients) == set(recorded_gradients)
+    exact = exact_gradients(recording)
+    assert set(gradients) == set(recorded_gradients) == set(exact)
     for name, gradient in recorded_gradients.items():
-        assert_tensor(f"gradient of {name}", gradients[name], gradient)
+        assert_tensor(f"gradient of {name}", gradients[name], gradient, exact=exact[name])
     updated = recording.parameters("updated/")
     assert set(updated) == set(before) - {"actor_critic.percentiles", "actor_critic.ent_coef_rise"}
     for name, value in policy.state_dict().items():
@@ -350,6 +365,39 @@ def test_parity(recording: Recording) -> None:
             assert_tensor(f"updated {name}", value, updated[name], before[name])
     percentiles = [float(recording["updated_state/retnorm_lo"]), float(recording["updated_state/retnorm_hi"])]
     np.testing.assert_allclose(policy.actor_critic.percentiles.numpy(), percentiles, rtol=LOSS_TOLERANCE)
+
+
+def exact_gradients(recording: Recording) -> dict[str, th.Tensor]:
+    """Every gradient in float64."""
+
+    def double(value: Any) -> Any:
+        if isinstance(value, th.Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {key: double(part) for key, part in value.items()}
+        return type(value)(*(double(part) for part in value)) if isinstance(value, tuple) else value
+
+    model = recording.model()
+    batch = recording.batch(model)
+    draws = Draws(recording.world_draws(model), recording.imagination_draws(model))
+    model.policy.double()
+    model.learner.loss(double(batch), double(draws), model._n_updates).total.backward()
+    return {name: p.grad for name, p in model.policy.named_parameters() if p.grad is not None}
+
+
+def test_gradients_in_float64(recording: Recording) -> None:
+    """They are the recorded ones as far as these tell, so what float32 does to ours is rounding, and small."""
+    model = recording.model()
+    draws = Draws(recording.world_draws(model), recording.imagination_draws(model))
+    model.learner.loss(recording.batch(model), draws, model._n_updates).total.backward()
+    exact, recorded = exact_gradients(recording), recording.parameters("grad/")
+    errors = []
+    for name, p in model.policy.named_parameters():
+        if p.grad is not None:
+            largest = exact[name].abs().max()
+            assert (exact[name] - recorded[name]).abs().max() <= EXACT_TOLERANCE * largest, name
+            errors.append(((p.grad - exact[name]).abs().max() / largest).item())
+    assert 0 < np.median(errors) < 1e-5 and max(errors) < 1e-4
 
 
 def test_returns(recording: Recording) -> None:
