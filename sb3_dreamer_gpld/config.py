@@ -203,6 +203,12 @@ class ModelConfig:
             raise ValueError(unknown_name("model_size", model_size, SIZES))
         allowed = [f.name for f in dataclasses.fields(cls)]
         for name in overrides:
+            if name == "features_extractor_class":
+                raise TypeError(
+                    "policy_kwargs entry 'features_extractor_class' does not exist: encoder, RSSM and decoder belong together "
+                    "and are replaced by a policy's world_model_class, see docs/extending.md. Sizes are changed by "
+                    "features_extractor_kwargs"
+                )
             if name not in allowed:
                 raise TypeError(unknown_name("policy_kwargs entry", name, [*allowed, *POLICY_ARGUMENTS]))
         return cls(**{**SIZES[model_size], **overrides})
@@ -436,6 +442,14 @@ class ActionSpec:
     def from_space(cls, space: spaces.Space) -> ActionSpec:
         """:raises ValueError: not a Box, Discrete, one-dimensional MultiDiscrete or MultiBinary space"""
         if isinstance(space, spaces.Box):
+            with np.errstate(over="ignore", invalid="ignore"):
+                wide = ~np.isfinite(space.high - space.low)
+            if wide.any():
+                raise ValueError(
+                    f"the action space reaches from {space.low[wide][0]} to {space.high[wide][0]}, which is more than "
+                    f"{space.dtype} can hold; allowed: finite bounds with a finite difference. Bound the actions, to [-1, 1] "
+                    "for instance, and scale them in the environment"
+                )
             return cls(space.shape)
         if isinstance(space, spaces.Discrete):
             return cls((), (int(space.n),), int(space.start))

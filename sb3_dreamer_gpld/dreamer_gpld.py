@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -16,8 +17,17 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_dreamer_gpld.arguments import naming_unknown
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
-from sb3_dreamer_gpld.config import ActionSpec, PenaltyConfig, check_int, check_range, dynamics_share, entropy_target
+from sb3_dreamer_gpld.config import (
+    ActionSpec,
+    ObservationSpec,
+    PenaltyConfig,
+    check_int,
+    check_range,
+    dynamics_share,
+    entropy_target,
+)
 from sb3_dreamer_gpld.envs import check_finite, check_normalization, naming_environments, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES
 from sb3_dreamer_gpld.exploration import correlated_noise
@@ -26,6 +36,8 @@ from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
 from sb3_dreamer_gpld.saving import restore_rng
+
+PUBLISHED_STEPS = 16 * 64  # that an update replays
 
 SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
 
@@ -101,6 +113,7 @@ class DreamerGPLD(ResumableAlgorithm):
     learner: Learner
     learner_class: ClassVar[type[Learner]] = Learner  # a subclass may name another
 
+    @naming_unknown
     def __init__(
         self,
         policy: str | type[DreamerPolicy],
@@ -147,9 +160,12 @@ class DreamerGPLD(ResumableAlgorithm):
         precision: str = "auto",
         compile: bool | str = "auto",
     ) -> None:
+        env = maybe_make_env(registered(env), verbose)
+        if env is not None:
+            ObservationSpec.from_space(env.observation_space)  # before SB3 stumbles over a space that it does not know
         super().__init__(
             policy,
-            registered(env),
+            env,
             learning_rate,
             buffer_size=buffer_size,
             learning_starts=learning_starts,
@@ -220,6 +236,10 @@ class DreamerGPLD(ResumableAlgorithm):
         rows = self.policy.config.stoch
         if self.penalty_rows is not None and self.penalty_rows > rows:
             raise ValueError(f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {self.penalty_rows}")
+        if self.verbose >= 1 and self.batch_size * self.batch_length > 4 * PUBLISHED_STEPS:
+            times = self.batch_size * self.batch_length / PUBLISHED_STEPS
+            replayed = f"{self.batch_size} sequences of {self.batch_length} steps"
+            print(f"An update replays {replayed}, {times:.0f} times the published 16x64")
         self._make_replay_buffer()
         self._convert_train_freq()
         self._state = None  # the number of environments may have changed in load()

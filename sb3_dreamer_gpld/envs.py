@@ -255,17 +255,20 @@ def check_finite(
     :param observation: of E environments, (E, *shape), or by key
     :param reward: (E,)
     :param infos: of each environment; they may have an episode's last observation
-    :raises ValueError: NaN or infinity; names the key, the environment's index and the step
+    :raises ValueError: NaN, infinity, or what becomes infinite in float32; names the key, the environment's index and the step
     """
 
     def check(name: str, values: np.ndarray, first_env: int = 0) -> None:
         values = np.asarray(values)
-        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-            finite = np.isfinite(values.reshape(len(values), -1)).all(1)
+        if not np.issubdtype(values.dtype, np.floating):
+            return
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(1)  # as it is stored
+        if not finite.all():
             env = first_env + int(np.flatnonzero(~finite)[0])
             raise ValueError(
                 f"{name} of environment {env} is not finite at step {step}: {values[env - first_env]}. "
-                "Allowed: finite numbers. Nothing of this step was stored"
+                "Allowed: finite numbers of float32. Nothing of this step was stored"
             )
 
     for key, values in by_key(observation).items():

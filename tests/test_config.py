@@ -1,13 +1,17 @@
 """Sizes, the penalty's setting and the spaces: what is accepted, and what the errors say."""
 
 import dataclasses
+import inspect
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.arguments import KNOWN_ELSEWHERE
 from sb3_dreamer_gpld.config import SIZES, ActionSpec, ImageKey, ModelConfig, ObservationSpec, PenaltyConfig, VectorKey
 from sb3_dreamer_gpld.schedules import SCHEDULES, default_parameters
 
@@ -343,3 +347,47 @@ def test_action_spaces(space: spaces.Space, spec: ActionSpec, size: int) -> None
 def test_other_action_spaces(space: spaces.Space) -> None:
     with pytest.raises(ValueError, match="the action space is .* allowed: Box, Discrete, MultiDiscrete, MultiBinary"):
         ActionSpec.from_space(space)
+
+
+# ---------------------------------------------------------------- arguments of other algorithms
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("tau", "slow_value_rate"),
+        ("use_sde", "exploration_noise"),
+        ("n_steps", "return_lambda"),
+        ("gae_lambda", "return_lambda"),
+        ("clip_range", "optimizer_kwargs"),
+        ("policy_delay", "updated together"),
+        ("target_kl", "no trust region"),
+        ("trainratio", "Did you mean 'train_ratio'"),
+    ],
+)
+def test_arguments_of_other_algorithms_are_explained(name: str, instead: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}.*{instead}"):
+        DreamerGPLD("MlpPolicy", "Pendulum-v1", **{name: 1})
+
+
+def test_no_argument_is_explained_away() -> None:
+    """What is said to be missing is missing, and what is named in its place is there."""
+    own = set(inspect.signature(DreamerGPLD).parameters)
+    assert not own & set(KNOWN_ELSEWHERE) and "train_ratio" in own
+    sizes = {field.name for field in dataclasses.fields(ModelConfig)}
+    for text in KNOWN_ELSEWHERE.values():
+        for inside in re.findall(r"policy_kwargs=dict\((\w+)=", text):
+            assert inside in sizes | {"optimizer_kwargs"}, text
+
+
+def test_the_encoder_s_class_is_explained() -> None:
+    with pytest.raises(TypeError, match="features_extractor_class.*world_model_class, see docs/extending.md"):
+        DreamerGPLD("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(features_extractor_class=object))
+
+
+@pytest.mark.parametrize(("batch_size", "verbose", "said"), [(256, 1, True), (256, 0, False), (16, 1, False)])
+def test_a_batch_of_many_sequences_is_mentioned(
+    batch_size: int, verbose: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DreamerGPLD("MlpPolicy", "Pendulum-v1", batch_size=batch_size, verbose=verbose, model_size="debug")
+    assert ("256 sequences of 64 steps, 16 times the published" in capsys.readouterr().out) == said

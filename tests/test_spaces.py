@@ -289,3 +289,60 @@ def test_dm_control_tasks_with_odd_spaces(tmp_path: Path) -> None:
         env = gym.make(f"dm_control/{name}-v0")
         check(env, tmp_path, steps=22)
         env.close()
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+UNKNOWN = {
+    "Text": spaces.Text(4),
+    "Sequence": spaces.Sequence(BOX),
+    "Graph": spaces.Graph(BOX, None),
+    "OneOf": spaces.OneOf([BOX, spaces.Discrete(2)]),
+    "Tuple": spaces.Tuple([BOX, BOX]),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_spaces_are_named(name: str) -> None:
+    allowed = f"is a {name} space; allowed: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these"
+    with pytest.raises(ValueError, match=f"the observation space {allowed}"):
+        tiny(RandomSpaces(UNKNOWN[name], BOX))
+    with pytest.raises(ValueError, match=f"observation 'y' {allowed}"):
+        tiny(RandomSpaces(spaces.Dict({"x": BOX, "y": UNKNOWN[name]}), BOX))
+    with pytest.raises(AssertionError, match="only supports"):  # SB3's own
+        tiny(RandomSpaces(BOX, UNKNOWN[name]))
+
+
+LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in (np.float32, np.float64)}
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_actions_that_reach_too_far_are_refused(dtype: type) -> None:
+    """Their range overflows, and with it every action."""
+    largest = LARGEST[dtype]
+    with pytest.raises(ValueError, match="the action space reaches from .* allowed: finite bounds with a finite difference"):
+        tiny(RandomSpaces(BOX, spaces.Box(np.array([-1, -largest], dtype), np.array([1, largest], dtype), dtype=dtype)))
+
+
+def test_wide_actions_are_finite() -> None:
+    """Every action up to half of what float32 holds, on both sides."""
+    half = LARGEST[np.float32] / 2.5
+    env = RandomSpaces(BOX, spaces.Box(-half, half, (2,)))
+    tiny(env).learn(40)
+    assert np.isfinite(env.actions).all()
+
+
+@pytest.mark.parametrize("what", ["observation", "reward"])
+def test_numbers_that_float32_cannot_hold_are_refused(what: str) -> None:
+    class Huge(RandomSpaces):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+            observation, reward, *others = super().step(action)
+            if self.steps == 5:
+                observation, reward = (observation * 0 + 1e300, reward) if what == "observation" else (observation, 1e300)
+            return observation, reward, *others  # type: ignore[return-value]
+
+    model = tiny(Huge(spaces.Box(-np.inf, np.inf, (2,), np.float64), BOX))
+    with pytest.raises(ValueError, match=f"the {what} of environment 0 is not finite at step 5: .*(1e.300|inf).*float32"):
+        model.learn(20)
+    assert model.replay_buffer is not None and model.replay_buffer.size() < 5
