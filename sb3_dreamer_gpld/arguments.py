@@ -1,13 +1,16 @@
-"""Arguments that users of Stable-Baselines3 know from its other algorithms, and what does their work here."""
+"""Arguments of the constructor: whether their values are allowed, and what does the work of those of other algorithms."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, dynamics_share, entropy_target, unknown_name
+
+if TYPE_CHECKING:
+    from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,3 +58,45 @@ def naming_unknown(init: Function) -> Function:
         init(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def check_arguments(algorithm: DreamerGPLD) -> None:
+    """Look at every argument of the constructor, and fill in a ``train_ratio`` of None.
+
+    :param algorithm: with the arguments as attributes, before its nets are built
+    :raises ValueError: a value is not allowed; the text names the argument and what is
+    """
+    for name, minimum in (
+        ("buffer_size", 1),
+        ("learning_starts", 0),
+        ("batch_size", 1),
+        ("batch_length", 1),
+        ("imagination_horizon", 1),
+        ("learning_rate_warmup", 0),
+    ):
+        check_int(name, getattr(algorithm, name), minimum)
+    if algorithm.gradient_steps is not None:
+        check_int("gradient_steps (or None)", algorithm.gradient_steps, -1)
+    if algorithm.train_ratio is None:
+        algorithm.train_ratio = algorithm.batch_size * algorithm.batch_length / 2
+    check_range("train_ratio", algorithm.train_ratio, 0.0, float("inf"))
+    check_range("gamma", algorithm.gamma, 0.0, 1.0)
+    check_range("return_lambda", algorithm.return_lambda, 0.0, 1.0)
+    if algorithm.imagination_starts is not None:
+        check_int("imagination_starts (or None)", algorithm.imagination_starts, 1)
+        if algorithm.imagination_starts > algorithm.batch_length:
+            raise ValueError(
+                f"imagination_starts must be at most batch_length={algorithm.batch_length}, not {algorithm.imagination_starts}"
+            )
+    if algorithm.actor_learning_rate is not None and not callable(algorithm.actor_learning_rate):
+        check_range("actor_learning_rate (or None, or a function)", algorithm.actor_learning_rate, 0.0, float("inf"))
+    actions = ActionSpec.from_space(algorithm.action_space)
+    dynamics_share(algorithm.actor_gradient, actions)
+    entropy_target(algorithm.ent_coef, algorithm.target_entropy, actions)
+    check_range("exploration_noise", algorithm.exploration_noise, 0.0, float("inf"))
+    check_range("penalty_start", algorithm.penalty_start, 0.0, float("inf"))
+    if algorithm.precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {algorithm.precision!r}")
+    if algorithm.compile not in ("auto", True, False):
+        raise ValueError(f"compile must be 'auto', True or False, not {algorithm.compile!r}")
+    _ = algorithm.penalty  # checks the rest

@@ -17,14 +17,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_dreamer_gpld.arguments import naming_unknown
+from sb3_dreamer_gpld.arguments import check_arguments, naming_unknown
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import (
-    ActionSpec,
     ObservationSpec,
     PenaltyConfig,
-    check_int,
-    check_range,
     dynamics_share,
     entropy_target,
 )
@@ -189,7 +186,7 @@ class DreamerGPLD(ResumableAlgorithm):
         )
         self.model_size = model_size
         self.batch_length = batch_length
-        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in _check_arguments
+        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in check_arguments
         self.imagination_horizon = imagination_horizon
         self.return_lambda = return_lambda
         self.ent_coef = ent_coef
@@ -222,7 +219,7 @@ class DreamerGPLD(ResumableAlgorithm):
     # -------------------------------------------------------------------------------------------- set-up
 
     def _setup_model(self) -> None:
-        self._check_arguments()
+        check_arguments(self)
         self._setup_lr_schedule()
         own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
         self.set_random_seed(self.seed)
@@ -275,42 +272,6 @@ class DreamerGPLD(ResumableAlgorithm):
                     **self.replay_buffer_kwargs,
                 },
             )
-
-    def _check_arguments(self) -> None:
-        for name, minimum in (
-            ("buffer_size", 1),
-            ("learning_starts", 0),
-            ("batch_size", 1),
-            ("batch_length", 1),
-            ("imagination_horizon", 1),
-            ("learning_rate_warmup", 0),
-        ):
-            check_int(name, getattr(self, name), minimum)
-        if self.gradient_steps is not None:
-            check_int("gradient_steps (or None)", self.gradient_steps, -1)
-        if self.train_ratio is None:
-            self.train_ratio = self.batch_size * self.batch_length / 2
-        check_range("train_ratio", self.train_ratio, 0.0, float("inf"))
-        check_range("gamma", self.gamma, 0.0, 1.0)
-        check_range("return_lambda", self.return_lambda, 0.0, 1.0)
-        if self.imagination_starts is not None:
-            check_int("imagination_starts (or None)", self.imagination_starts, 1)
-            if self.imagination_starts > self.batch_length:
-                raise ValueError(
-                    f"imagination_starts must be at most batch_length={self.batch_length}, not {self.imagination_starts}"
-                )
-        if self.actor_learning_rate is not None and not callable(self.actor_learning_rate):
-            check_range("actor_learning_rate (or None, or a function)", self.actor_learning_rate, 0.0, float("inf"))
-        actions = ActionSpec.from_space(self.action_space)
-        dynamics_share(self.actor_gradient, actions)
-        entropy_target(self.ent_coef, self.target_entropy, actions)
-        check_range("exploration_noise", self.exploration_noise, 0.0, float("inf"))
-        check_range("penalty_start", self.penalty_start, 0.0, float("inf"))
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {self.precision!r}")
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f"compile must be 'auto', True or False, not {self.compile!r}")
-        _ = self.penalty  # checks the rest
 
     @property
     def penalty(self) -> PenaltyConfig:

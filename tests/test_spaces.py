@@ -343,6 +343,6 @@ def test_numbers_that_float32_cannot_hold_are_refused(what: str) -> None:
             return observation, reward, *others  # type: ignore[return-value]
 
     model = tiny(Huge(spaces.Box(-np.inf, np.inf, (2,), np.float64), BOX))
-    with pytest.raises(ValueError, match=f"the {what} of environment 0 is not finite at step 5: .*(1e.300|inf).*float32"):
+    with pytest.raises(ValueError, match=f"the {what} of environment 0 is not finite at step 5: .*(e.300|inf).*float32"):
         model.learn(20)
     assert model.replay_buffer is not None and model.replay_buffer.size() < 5
