@@ -1,0 +1,107 @@
+"""The ladder of arms in ``benchmarks/learning``: what an arm's settings are, runs that go on, and the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("dm_control")
+pytest.importorskip("rl_zoo3")
+
+from benchmarks.learning import ladder  # noqa: E402
+from benchmarks.learning.ladder import Arm, Job  # noqa: E402
+from benchmarks.results import read_csv, write_csv  # noqa: E402
+from sb3_dreamer_gpld.zoo.check import check_entry  # noqa: E402
+
+RESULTS = ladder.RESULTS
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of results."""
+    monkeypatch.setattr(ladder, "RESULTS", tmp_path / "ladder")
+    return tmp_path
+
+
+def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arms = {
+        "first": {"gamma": 0.9, "batch_size": 4, "policy_kwargs": {"units": 8, "free_nats": 0.5}},
+        "second": {"base": "first", "gamma": 0.8, "action_repeat": 1, "policy_kwargs": {"units": 16}},
+        "third": {"base": "second", "target_entropy_per_number": 0.5, "unavailable": "lost"},
+    }
+    (tmp_path / "arms.yml").write_text(yaml.safe_dump(arms))
+    monkeypatch.setattr(ladder, "HERE", tmp_path)
+    found = ladder.read_arms()
+    kwargs = {"units": 16, "free_nats": 0.5}
+    assert found["second"] == Arm("second", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, None, None)
+    assert found["third"] == Arm("third", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, 0.5, "lost")
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ladder.read_arms().items() if not arm.is_sac])
+def test_every_arm_is_valid(name: str) -> None:
+    settings = ladder.read_arms()[name].settings
+    assert check_entry({"n_timesteps": 1, "policy": "MultiInputPolicy", **settings}) == []
+
+
+def test_every_result_belongs_to_an_arm_and_a_task() -> None:
+    arms = ladder.read_arms()
+    for path in RESULTS.glob("*/*.csv"):
+        assert path.parent.name in arms
+        assert path.stem.removesuffix("_evaluation").rsplit("_", 1)[0] in ladder.TASKS
+
+
+def test_a_run_goes_on_and_is_evaluated_where_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arm = Arm("tiny", {"model_size": "debug", "learning_starts": 100_000}, 2, None, None)
+    monkeypatch.setattr(ladder, "read_arms", lambda: {"tiny": arm})
+    monkeypatch.setattr(ladder, "EVALUATION_EPISODES", 1)
+    job = Job("tiny", "cartpole-swingup", 3, 2000)
+    assert not job.finished
+    ladder.run(job, tmp_path / "runs")
+    assert job.finished and not job._replace(frames=3000).finished
+    first = read_csv(job.file)
+    assert [row["frames"] for row in first] == ["1000", "2000"] and first[0]["updates"] == "0"
+    ladder.run(job._replace(frames=3000), tmp_path / "runs")
+    rows = read_csv(job.file)
+    assert rows[:2] == first and [row["frames"] for row in rows] == ["1000", "2000", "3000"]
+    evaluations = read_csv(job.evaluations)
+    assert [row["frames"] for row in evaluations] == ["2000", "3000"]
+    assert all(float(row[name]) >= 0 for row in evaluations for name in ("deterministic", "sampled"))
+        float(row[name]) >= 0 for row in evaluations for name in ("deterministic", "sampled", "core_seconds") if name in row
+    )
+
+
+def test_table(folder: Path) -> None:
+    for seed, level in ((0, 100.0), (1, 200.0)):
+        rows = [
+            {"frames": 1000 * k, "episode_return": level if k > 5 else 0.0, "core_seconds": 60 * k, "updates": 10 * k}
+            for k in range(1, 11)
+        ]
+        path = Job("rw10", "walker-walk", seed, 0).file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(path, rows)
+    lines = list(ladder.table(["rw10", "recipe"], ["walker-walk"], None, 10_000))
+    assert lines[2:] == ["| rw10 | 150 (100, 200) | 150 | 10 | 100 |"]
+    assert list(ladder.table(["rw10"], ["walker-walk", "cheetah-run"], [1], 7000))[2:] == [
+        "| rw10 | 80 (80) |  |  | 7 | 70 |"  # two of the last five episodes; no mean over the tasks without all of them
+    ]
+    assert len(list(ladder.table(["rw10"], ["walker-walk"], None, 11_000))) == 2  # no run got that far
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --arms nothing", "there is no arm 'nothing'; allowed: before"),
+        ("run --tasks walker-wlak", "there is no task 'walker-wlak'; allowed: walker-walk"),
+        ("one rw10-rate16-correlated walker-walk 0 1000", "rw10-rate16-correlated cannot be run: the numbers behind"),
+        ("table --at x", "invalid int value"),
+    ],
+)
+def test_wrong_input(
+    arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ladder", *arguments.split()])
+    with pytest.raises(SystemExit):
+        ladder.main()
+    assert message in capsys.readouterr().err
