@@ -100,6 +100,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[DreamerGPLD]:
 
     def small_setup(self: DreamerGPLD) -> None:
         most = dict(batch_size=2, batch_length=4, train_ratio=4, learning_starts=16, imagination_horizon=3, buffer_size=1000)
+        most["imagination_starts"] = 2
         for name, value in most.items():
             if getattr(self, name) is not None:
                 setattr(self, name, min(getattr(self, name), value))
