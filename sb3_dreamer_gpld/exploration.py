@@ -16,8 +16,8 @@ def correlated_noise(std: float, size: int, n_envs: int) -> ActionNoise:
 
     :param std: standard deviation of each number after the first steps, in the scaled range [−1, 1]
     :param size: numbers in an action, A
-    :param n_envs: environments, each with noise of its own, N
-    :return: gives (A,) for one environment, (N, A) for more
+    :param n_envs: environments, each with noise of its own, E
+    :return: gives (A,) for one environment, (E, A) for more
     """
     step = std * math.sqrt(1.0 - (1.0 - RETURN_RATE) ** 2)  # of an autoregressive process with that deviation
     noise = OrnsteinUhlenbeckActionNoise(np.zeros(size), step * np.ones(size), theta=RETURN_RATE, dt=1.0)

@@ -1,6 +1,6 @@
 """The nets as one SB3 policy, with a stateful ``predict``.
 
-Letters: E environments, D deter, K rows, C classes, A action numbers as the nets see them.
+Letters: E environments, B sequences, D deter, K rows, C classes, A action numbers as the nets see them.
 """
 
 from __future__ import annotations

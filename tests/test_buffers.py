@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -347,6 +348,34 @@ def test_copy_continues_the_same(n_envs: int, adds: list, more: list, by_pickle:
             each.add(ops, staged)
         assert_same_samples(driver.buffer.sample(2), twin.buffer.sample(2))
     assert_same_arrays(driver.buffer, twin.buffer)
+
+
+def half_way() -> Driver:
+    """In mid-episode, with a queued window and staged latents: the first environment's episode is about to be cut."""
+    driver = Driver(2, 40, 3)
+    for i in range(9):
+        driver.add([STEP, DONE if i == 4 else STEP], staged=i % 2 == 0)
+    driver.buffer.sample(3)
+    for _ in range(3):
+        driver.add([STEP, STEP], staged=True)
+    driver.buffer.stage(np.array([True, False]), np.ones((2, D)), np.ones((2, K), int))
+    return driver
+
+
+def test_a_buffer_saved_as_one_class_goes_on() -> None:
+    """``save_to_pkl("buffer_v1_open.pkl", half_way().buffer)`` wrote the file before the class was taken apart."""
+    driver = half_way()
+    loaded = copy.copy(driver)
+    loaded.reference = copy.deepcopy(driver.reference)
+    loaded.buffer = load_from_pkl(Path(__file__).parent / "data" / "buffer_v1_open.pkl")
+    assert len(loaded.buffer.windows.queue) > 0 and loaded.buffer.writer.pending.all()
+    assert_same_arrays(driver.buffer, loaded.buffer)
+    for ops in ([STEP, STEP], [DONE, STEP], [STEP, TIMEOUT], [STEP, STEP]):
+        for each in (driver, loaded):
+            each.add(ops)
+        assert_same_samples(driver.buffer.sample(3), loaded.buffer.sample(3))
+    assert_same_arrays(driver.buffer, loaded.buffer)
+    assert (loaded.buffer.pos, loaded.buffer.full) == (driver.buffer.pos, driver.buffer.full)
 
 
 def assert_same_arrays(a: SequenceReplayBuffer, b: SequenceReplayBuffer) -> None:

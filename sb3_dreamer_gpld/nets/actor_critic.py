@@ -1,7 +1,7 @@
 """The actor and the critic: imagined returns, policy loss, value losses, percentile scale, slow value.
 
-Letters: B sequences, S last steps of each, from which rollouts start, N = B·S states, H imagined steps, D deter, C classes,
-K rows, A action numbers.
+Letters: B sequences, T steps, S last ones of each, from which rollouts start, N = B·S states, H imagined steps, D deter,
+C classes, K rows, A action numbers.
 
 Sources: Hafner et al., Nature 2025 (Methods, "Critic learning" and "Actor learning", Eqs. 7 to 12) and the authors'
 release, ``imag_loss`` and ``repl_loss``; for gradients through the dynamics Hafner et al., "Dream to Control" (ICLR 2020), and

@@ -202,9 +202,9 @@ class RSSM(SteppedModule):
     ) -> tuple[Tensor, Tensor, States, Products]:
         """A few steps of :meth:`observe`, which are compiled together.
 
-        :param deter, stoch: before the first of the t steps, (B, D), (B, C·K)
-        :param keep: 0 where the state is zeroed before the step, else 1, (B, t, 1)
-        :param noise: (B, t, K), or None
+        :param deter, stoch: before the first of the steps, (B, D), (B, C·K)
+        :param keep: 0 where the state is zeroed before the step, else 1, (B, steps, 1)
+        :param noise: (B, steps, K), or None
         :param products: see :meth:`_unrolled_products`, with what is added at each of the steps
         :return: deter (B, D) and stoch (B, C·K) after the last step; the states; the inputs of the products at all steps
         """

@@ -1,6 +1,6 @@
 """``dreamer-gpld diagnose``: collects episodes, measures one model or two on the same states, and writes JSON, plots, videos.
 
-Letters: B sequences, T steps, N states, H imagined steps.
+Letters: T steps, H imagined steps.
 """
 
 from __future__ import annotations
