@@ -398,7 +398,7 @@ class DreamerGPLD(ResumableAlgorithm):
                     log_interval=log_interval,
                 )
             if not rollout.continue_training:
-                self._keep_last_step(callback)
+                self._keep_last_step(callback, rollout.episode_timesteps)
                 break
             updates = self._due_updates(rollout.episode_timesteps)
             if updates > 0:
@@ -408,13 +408,26 @@ class DreamerGPLD(ResumableAlgorithm):
         callback.on_training_end()
         return self
 
-    def _keep_last_step(self, callback: BaseCallback) -> None:
-        """Store the step at which a callback stopped; SB3 drops it, though environment and recurrent state have moved on."""
+    def _keep_last_step(self, callback: BaseCallback, steps: int) -> None:
+        """Store the step at which a callback stopped; SB3 drops it, though environment and recurrent state have moved on.
+
+        Episodes that it ended are counted, and the updates that are due are made when the run goes on.
+
+        :param callback: has the variables of the loop that it stopped
+        :param steps: collected since the last updates
+        """
         step = callback.locals
         self._update_info_buffer(step["infos"], step["dones"])
         self._store_transition(
             step["replay_buffer"], step["buffer_actions"], step["new_obs"], step["rewards"], step["dones"], step["infos"]
         )
+        for index in np.flatnonzero(step["dones"]):
+            self._episode_num += 1
+            if step["action_noise"] is not None:
+                step["action_noise"].reset(**({"indices": [index]} if self.n_envs > 1 else {}))
+        if self.gradient_steps is None:
+            updates = self._due_updates(steps)
+            self.update_ratio.credit += updates * self.batch_size * self.batch_length
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""

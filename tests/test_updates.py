@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import TINY, tiny
 from test_saving import Clock
 
@@ -85,12 +85,15 @@ def test_every_step_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatc
     """Of each sequence, each start and each step: of the posterior's samples, the prior's, and the actions."""
     model = tiny("Pendulum-v1").learn(40)
     seen = batches_of(model, monkeypatch)
-    model.train(1, 4)
-    ((_, draws),) = seen
-    for numbers in (draws.world_model.stoch, draws.imagination.stoch, draws.imagination.action):
-        for dim in range(2):  # (B, T, ·), (H, N, ·)
-            first, second = numbers.select(dim, 0), numbers.select(dim, 1)
-            assert (first != second).float().mean() > 0.99, numbers.shape
+    model.train(2, 4)
+    for name in ("posterior", "prior", "action"):
+        of_updates = {
+            "posterior": [draws.world_model.stoch for _, draws in seen],  # (B, T, K)
+            "prior": [draws.imagination.stoch for _, draws in seen],  # (H, N, K)
+            "action": [draws.imagination.action for _, draws in seen],  # (H, N, A)
+        }[name]
+        numbers = th.stack(of_updates)
+        assert numbers.unique().numel() > 0.99 * numbers.numel(), name
 
 
 def test_states_follow_the_numbers_of_their_own_step() -> None:
@@ -152,6 +155,25 @@ def test_a_failed_update_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyP
         assert th.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("envs", [1, 2])
+def test_first_update_at_the_step_of_the_release(envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/algorithm.md says which learning_starts waits until B·T windows can be drawn."""
+    windows_wanted, steps = 4 * 8, 8
+    env = make_vec_env("Pendulum-v1", envs, seed=0)
+    model = tiny(env, "MlpPolicy", learning_starts=windows_wanted - 1 + steps * envs, train_ratio=32)
+    windows: list[int] = []
+    train = model.train
+
+    def counting(gradient_steps: int, batch_size: int) -> None:
+        assert model.replay_buffer is not None
+        windows.append(int((model.replay_buffer.stored_rows() - steps).sum()))
+        train(gradient_steps, batch_size)
+
+    monkeypatch.setattr(model, "train", counting)
+    model.learn(100)
+    assert windows[0] == windows_wanted
+
+
 class StopAfter(BaseCallback):
     """Stops at a step."""
 
@@ -163,19 +185,39 @@ class StopAfter(BaseCallback):
         return self.n_calls < self.steps
 
 
+@pytest.mark.parametrize("envs", [1, 2])
 @pytest.mark.parametrize("steps", [30, 40], ids=["within an episode", "at its end"])
-def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int) -> None:
-    """What is stored is the same, the latents too: the step at which it stopped is not lost."""
-    whole = tiny(Clock(), learning_starts=1000).learn(60)
-    stopped = tiny(Clock(), learning_starts=1000).learn(60, callback=StopAfter(steps))
-    assert stopped.num_timesteps == steps
-    stopped.learn(60 - steps, reset_num_timesteps=False)
+def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int, envs: int) -> None:
+    """What is stored is the same, the latents and the noise in the actions too: the step at which it stopped is not lost."""
+
+    def run() -> DreamerGPLD:
+        return tiny(DummyVecEnv([Clock] * envs), "MlpPolicy", learning_starts=1000, exploration_noise=0.5)
+
+    whole = run().learn(60 * envs)
+    stopped = run().learn(60 * envs, callback=StopAfter(steps))
+    assert stopped.num_timesteps == steps * envs
+    stopped.learn((60 - steps) * envs, reset_num_timesteps=False)
     a, b = whole.replay_buffer, stopped.replay_buffer
     assert a is not None and b is not None and a.size() == b.size() == 63  # with the last observations of three episodes
     drawn = [buffer.peek(64, np.random.default_rng(0)) for buffer in (a, b)]
     for one, other in zip(*drawn, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert whole._episode_num == stopped._episode_num == 3 * envs
+    assert whole.ep_info_buffer is not None and stopped.ep_info_buffer is not None
     assert [info["r"] for info in whole.ep_info_buffer] == [info["r"] for info in stopped.ep_info_buffer]
+
+
+@pytest.mark.parametrize("train_freq", [1, 4])
+def test_updates_that_a_stop_left_undone_are_made_when_the_run_goes_on(train_freq: int) -> None:
+    whole, stopped = (tiny(Clock(), train_freq=train_freq, train_ratio=24) for _ in range(2))
+    whole.learn(80)
+    stopped.learn(80, callback=StopAfter(50))
+    stopped.learn(30, reset_num_timesteps=False)
+    made = [model._n_updates * 4 * 8 + model.update_ratio.credit for model in (whole, stopped)]
+    steps = [80, 50 + -(-30 // train_freq) * train_freq]
+    assert made[1] - made[0] == 24 * (steps[1] - steps[0])
+    fixed = tiny(Clock(), gradient_steps=1, learning_starts=8).learn(80, callback=StopAfter(50))
+    assert fixed._n_updates == 49 - 8 and fixed.update_ratio.credit == 0  # a fixed number for each collection leaves nothing
 
 
 # ------------------------------------------------------------------------------------------------------- exploration
