@@ -379,6 +379,8 @@ class DreamerGPLD(ResumableAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
+        if reset_num_timesteps and self._exploration is not None:
+            self._exploration.reset()
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
