@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch as th
 
 from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, dynamics_share, entropy_target, unknown_name
 
@@ -58,6 +61,16 @@ def naming_unknown(init: Function) -> Function:
         init(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
+
+
+def warn_without_gpu(asked: th.device | str, device: th.device) -> None:
+    """Warn of a GPU that was asked for and is not there; Stable-Baselines3 goes on without a word.
+
+    :param asked: the argument
+    :param device: that is used instead
+    """
+    if str(asked).startswith("cuda") and device.type != "cuda":
+        warnings.warn(f"device={str(asked)!r}, but PyTorch finds no GPU: the nets are on {str(device)!r}", stacklevel=4)
 
 
 def check_arguments(algorithm: DreamerGPLD) -> None:

@@ -17,7 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_dreamer_gpld.arguments import check_arguments, naming_unknown
+from sb3_dreamer_gpld.arguments import check_arguments, naming_unknown, warn_without_gpu
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import (
     ObservationSpec,
@@ -30,6 +30,7 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES
 from sb3_dreamer_gpld.exploration import correlated_noise
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
+from sb3_dreamer_gpld.pace import Pace, tell, warn_if_too_short
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
 from sb3_dreamer_gpld.saving import restore_rng
@@ -184,6 +185,7 @@ class DreamerGPLD(ResumableAlgorithm):
             support_multi_env=True,
             supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
+        warn_without_gpu(device, self.device)
         self.model_size = model_size
         self.batch_length = batch_length
         self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in check_arguments
@@ -388,6 +390,8 @@ class DreamerGPLD(ResumableAlgorithm):
         check_normalization(self._vec_normalize_env, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
+        warn_if_too_short(self, total_timesteps)
+        pace = Pace(total_timesteps)
         while self.num_timesteps < total_timesteps:
             with naming_environments(self):
                 rollout = self.collect_rollouts(
@@ -407,6 +411,7 @@ class DreamerGPLD(ResumableAlgorithm):
                 start = time.perf_counter()
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
                 self._update_seconds += time.perf_counter() - start
+                tell(pace.after(updates, self.num_timesteps), callback, self.verbose)
         callback.on_training_end()
         return self
 

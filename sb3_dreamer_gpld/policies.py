@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +30,8 @@ from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.observations import by_key
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
+
+CALLS_WITHOUT_STATE = 10  # of predict in a row, before a warning
 
 
 class RecurrentState(NamedTuple):
@@ -66,6 +69,9 @@ class DreamerPolicy(BasePolicy):
     # What the policy is built of: a subclass of it may name others.
     world_model_class: ClassVar[type[WorldModel]] = WorldModel
     actor_critic_class: ClassVar[type[ActorCritic]] = ActorCritic
+
+    _calls_without_state = 0  # of predict, in a row
+    _warned_of_lost_state = False
 
     def __init__(
         self,
@@ -250,6 +256,7 @@ class DreamerPolicy(BasePolicy):
             return super().predict(observation)  # raises SB3's own message on mixed up APIs
         tensors, vectorized = self.obs_to_tensor(observation)
         n = len(next(iter(by_key(tensors).values())))
+        self._warn_of_lost_state(state is None and not (episode_start is not None and np.all(episode_start)))
         if state is None:
             memory = self.initial_state(n)
         else:
@@ -264,6 +271,21 @@ class DreamerPolicy(BasePolicy):
         if not vectorized:
             actions = actions.squeeze(axis=0)
         return actions, tuple(x.cpu().numpy() for x in memory)
+
+    def _warn_of_lost_state(self, without_state: bool) -> None:
+        """Warn once of ``predict`` over and over without its state, where no episode is said to start.
+
+        :param without_state: whether this call is one of that kind
+        """
+        self._calls_without_state = self._calls_without_state + 1 if without_state else 0
+        if self._calls_without_state == CALLS_WITHOUT_STATE and not self._warned_of_lost_state:
+            self._warned_of_lost_state = True
+            warnings.warn(
+                f"{CALLS_WITHOUT_STATE} calls of predict without a state: the agent is recurrent, and forgets all between "
+                "them. Hand back the state that it returns, action, state = model.predict(obs, state, episode_start), and "
+                "say with episode_start where episodes start",
+                stacklevel=4,
+            )
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Actions without memory: scaled to [−1, 1] for a Box, else class indices, (E, *action shape)."""

@@ -1,0 +1,110 @@
+"""What a run of updates takes: its pace and the time left, and a word of warning if it ends before the first update."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+
+if TYPE_CHECKING:
+    from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+
+FIRST_SECONDS = 5.0  # of updates, before their pace is told
+AGAIN_SECONDS = 60.0  # until the pace is looked at again; twice as long each time
+MUCH = 1.5  # a pace that is so many times as high or as low is told again
+
+
+class Pace:
+    """Measures updates and environment steps together, from the first update on; that one may have been compiled.
+
+    :param total_timesteps: environment steps at which the run ends
+    :param clock: seconds
+    """
+
+    def __init__(self, total_timesteps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.total_timesteps = total_timesteps
+        self.clock = clock
+        self._window = FIRST_SECONDS
+        self._start: tuple[float, int] | None = None  # seconds and environment steps at which the window began
+        self._updates = 0  # in the window
+        self._told = 0.0  # environment steps per second
+
+    def after(self, updates: int, num_timesteps: int) -> str | None:
+        """Count updates.
+
+        :param updates: made since the last call
+        :param num_timesteps: environment steps so far
+        :return: what to tell, if there is something new
+        """
+        now = self.clock()
+        if self._start is None:
+            self._start = now, num_timesteps
+            return None
+        self._updates += updates
+        seconds, steps = now - self._start[0], num_timesteps - self._start[1]
+        if seconds < self._window or steps == 0:
+            return None
+        rate, updates_rate = steps / seconds, self._updates / seconds
+        self._start, self._updates = (now, num_timesteps), 0
+        first = not self._told
+        self._window = AGAIN_SECONDS if first else 2 * self._window
+        if not first and self._told / MUCH <= rate <= self._told * MUCH:
+            return None
+        self._told = rate
+        left = spell_seconds((self.total_timesteps - num_timesteps) / rate)
+        return f"{updates_rate:.3g} updates and {rate:.3g} steps per second, {left} left"
+
+
+def spell_seconds(seconds: float) -> str:
+    """:return: a duration in the two largest of its units: "50 s", "12 min", "3 h 20 min", "2 d 4 h" """
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(seconds, 0.0):.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def tell(text: str | None, callback: BaseCallback, verbose: int) -> None:
+    """Print what there is to tell, and show it in front of the progress bar.
+
+    :param text: None: nothing
+    :param callback: of the run
+    :param verbose: printed from 1 on
+    """
+    if text is None:
+        return
+    if verbose >= 1:
+        print(f"Learning: {text}")
+    for part in getattr(callback, "callbacks", [callback]):
+        if isinstance(part, ProgressBarCallback):
+            part.pbar.set_description(text)
+
+
+def warn_if_too_short(algorithm: DreamerGPLD, total_timesteps: int) -> None:
+    """Warn of a run that ends before there is enough to learn from.
+
+    :param algorithm: about to learn
+    :param total_timesteps: environment steps at which the run ends
+    """
+    updates = algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps
+    if algorithm._n_updates or not updates or total_timesteps <= algorithm.num_timesteps:
+        return
+    assert algorithm.replay_buffer is not None
+    if algorithm.gradient_steps is None:
+        stored = int(algorithm.replay_buffer.stored_rows().sum())
+        missing = algorithm.learning_starts - stored - (total_timesteps - algorithm.num_timesteps)
+    else:
+        missing = algorithm.learning_starts - total_timesteps
+    if missing >= 0:
+        warnings.warn(
+            f"The run ends after {total_timesteps} steps, before the first update: "
+            f"learning_starts={algorithm.learning_starts} steps are collected before",
+            stacklevel=3,
+        )
