@@ -5,6 +5,9 @@ EXTRAS := dmc,zoo,extra,docs,dev
 # The test processes share the cores, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# Of what hosting services read, against the schemas that it brings along.
+CHECK := $(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema
+
 .PHONY: install demo test test-long lint format benchmark docs clean
 
 install: .venv/.installed
@@ -29,6 +32,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(CHECK) vendor.github-workflows .github/workflows/*.yml
+	$(CHECK) vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(CHECK) vendor.readthedocs .readthedocs.yml
+	$(CHECK) vendor.citation-file-format CITATION.cff
 
 format: install
 	$(BIN)/ruff check --fix .
