@@ -390,7 +390,8 @@ class DreamerGPLD(ResumableAlgorithm):
         check_normalization(self._vec_normalize_env, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
-        warn_if_too_short(self, total_timesteps)
+        if reset_num_timesteps:  # one that goes on may be cut into short pieces
+            warn_if_too_short(self, total_timesteps)
         pace = Pace(total_timesteps)
         while self.num_timesteps < total_timesteps:
             with naming_environments(self):

@@ -116,6 +116,13 @@ def test_a_run_that_only_collects_says_nothing() -> None:
         model.learn(20, log_interval=None)
 
 
+def test_a_run_in_pieces_says_nothing() -> None:
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=64, **TINY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(20, reset_num_timesteps=False, log_interval=None)
+
+
 def lost_state(calls: int, **kwargs: object) -> int:
     """Warnings of a state that is lost, from calls of predict with these arguments."""
     model = DreamerGPLD("MlpPolicy", "CartPole-v1", **TINY)
