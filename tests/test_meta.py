@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from test_dreamer_gpld import BOX, RandomSpaces, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from sb3_dreamer_gpld import DreamerGPLD
 
 # Operations whose result, or its shape, depends on values: on a GPU they wait for all that was launched before.
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.equal", "aten.is_nonzero")
@@ -48,33 +46,17 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-class Random(gym.Env):
-    """Random observations, episodes of 10 steps."""
-
-    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
-        self.observation_space, self.action_space, self.steps = observation_space, action_space, 0
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        self.steps += 1
-        return self.observation_space.sample(), 1.0, self.steps >= 10, False, {}
-
-
-VECTOR, BOX = spaces.Box(-1.0, 1.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
+VECTOR = spaces.Box(-1.0, 1.0, (3,), np.float32)
 MIXED = spaces.Dict({"image": spaces.Box(0, 255, (3, 64, 64), np.uint8), "vector": VECTOR})
-CASES: dict[str, tuple[str, spaces.Space, spaces.Space, dict[str, Any]]] = {
-    "vectors": ("MlpPolicy", VECTOR, BOX, {}),
-    "images": ("MultiInputPolicy", MIXED, BOX, {}),
-    "discrete": ("MlpPolicy", VECTOR, spaces.Discrete(3), {}),
-    "both penalties": ("MlpPolicy", VECTOR, BOX, {"prior_penalty": 0.5}),
-    "random rows": ("MlpPolicy", VECTOR, BOX, {"penalty_rows": 2, "penalty_random_rows": True}),
-    "exact penalty": ("MlpPolicy", VECTOR, BOX, {"penalty_estimator": "exact"}),
-    "dynamics": ("MlpPolicy", VECTOR, BOX, {"actor_gradient": "dynamics", "imagination_starts": 3, "ent_coef": "auto"}),
-    "actor's rate": ("MlpPolicy", VECTOR, BOX, {"actor_learning_rate": 1e-4}),
+CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
+    "vectors": (VECTOR, BOX, {}),
+    "images": (MIXED, BOX, {}),
+    "discrete": (VECTOR, spaces.Discrete(3), {}),
+    "both penalties": (VECTOR, BOX, {"prior_penalty": 0.5}),
+    "random rows": (VECTOR, BOX, {"penalty_rows": 2, "penalty_random_rows": True}),
+    "exact penalty": (VECTOR, BOX, {"penalty_estimator": "exact"}),
+    "dynamics": (VECTOR, BOX, {"actor_gradient": "dynamics", "imagination_starts": 3, "ent_coef": "auto"}),
+    "actor's rate": (VECTOR, BOX, {"actor_learning_rate": 1e-4}),
 }
 
 
@@ -89,20 +71,17 @@ def updates(name: str) -> OneDevice:
     :param name: of a case
     :return: the mode that saw the second
     """
-    policy, observations, actions, options = CASES[name]
-    sizes: dict[str, Any] = dict(model_size="debug", batch_size=2, batch_length=4, train_ratio=0.0, imagination_horizon=3)
-    model = DreamerGPLD(policy, Random(observations, actions), device="cpu", precision="float32", **{**sizes, **options})
+    observations, actions, options = CASES[name]
+    model = tiny(RandomSpaces(observations, actions), train_ratio=0.0, precision="float32", **options)
     model.learn(24, log_interval=None)
     batch = model.policy.to_batch(model.replay_buffer.sample(2))
     draws = model.learner.draw(*batch.rewards.shape)
-    groups = [len(group["params"]) for group in model.policy.optimizer.param_groups]
-    names = {id(parameter): name for name, parameter in model.policy.named_parameters()}
-    order = [[names[id(parameter)] for parameter in group["params"]] for group in model.policy.optimizer.param_groups]
-    model.policy.to("meta")
-    parameters = dict(model.policy.named_parameters())
-    for group, members in zip(model.policy.optimizer.param_groups, order, strict=True):
-        group["params"] = [parameters[member] for member in members]
-    assert [len(group["params"]) for group in model.policy.optimizer.param_groups] == groups
+    names = {parameter: name for name, parameter in model.policy.named_parameters()}
+    model.policy.to("meta")  # makes new parameters
+    moved = dict(model.policy.named_parameters())
+    groups = model.policy.optimizer.param_groups
+    for group in groups:
+        group["params"] = [moved[names[parameter]] for parameter in group["params"]]
     batch, draws = on_meta(batch), on_meta(draws)
     rates = [1e-4] * len(groups)
     off = {"autocast": lambda *_, **__: contextlib.nullcontext(), "is_autocast_enabled": lambda *_: False}
