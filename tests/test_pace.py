@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, ProgressBarCallback
+from test_dreamer_gpld import tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.pace import AGAIN_SECONDS, FIRST_SECONDS, Pace, spell_seconds, tell
 
-TINY = {"model_size": "debug", "batch_size": 2, "batch_length": 4, "train_ratio": 8.0, "device": "cpu", "compile": False}
+UPDATE_EACH_STEP = 32  # train_ratio of a tiny model
 
 
 class Clock:
@@ -76,10 +77,10 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_run_prints_its_pace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sb3_dreamer_gpld.pace.FIRST_SECONDS", 0.01)
-    DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=16, verbose=1, **TINY).learn(40, log_interval=None)
+    tiny("Pendulum-v1", learning_starts=16, verbose=1, train_ratio=UPDATE_EACH_STEP).learn(40, log_interval=None)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning: ")]
     assert len(lines) == 1 and lines[0].endswith(" s left")
-    DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=16, **TINY).learn(40, log_interval=None)
+    tiny("Pendulum-v1", learning_starts=16, train_ratio=UPDATE_EACH_STEP).learn(40, log_interval=None)
     assert capsys.readouterr().out == ""
 
 
@@ -99,7 +100,7 @@ def test_the_progress_bar_shows_the_pace() -> None:
 @pytest.mark.parametrize("gradient_steps", [None, 1])
 @pytest.mark.parametrize(("steps", "warns"), [(60, True), (70, False)])
 def test_a_run_that_ends_before_the_first_update_warns(gradient_steps: int | None, steps: int, warns: bool) -> None:
-    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=64, gradient_steps=gradient_steps, **TINY)
+    model = tiny("Pendulum-v1", learning_starts=64, gradient_steps=gradient_steps, train_ratio=UPDATE_EACH_STEP)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.learn(steps, log_interval=None)
@@ -110,14 +111,14 @@ def test_a_run_that_ends_before_the_first_update_warns(gradient_steps: int | Non
 
 
 def test_a_run_that_only_collects_says_nothing() -> None:
-    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=64, **{**TINY, "train_ratio": 0.0})
+    model = tiny("Pendulum-v1", learning_starts=64, train_ratio=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.learn(20, log_interval=None)
 
 
 def test_a_run_in_pieces_says_nothing() -> None:
-    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", learning_starts=64, **TINY)
+    model = tiny("Pendulum-v1", learning_starts=64, train_ratio=UPDATE_EACH_STEP)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.learn(20, reset_num_timesteps=False, log_interval=None)
@@ -125,7 +126,7 @@ def test_a_run_in_pieces_says_nothing() -> None:
 
 def lost_state(calls: int, **kwargs: object) -> int:
     """Warnings of a state that is lost, from calls of predict with these arguments."""
-    model = DreamerGPLD("MlpPolicy", "CartPole-v1", **TINY)
+    model = tiny("CartPole-v1")
     obs = np.zeros(4, dtype=np.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -146,7 +147,7 @@ def test_predict_at_starts_of_episodes_is_silent() -> None:
 
 def test_predict_with_its_state_is_silent() -> None:
     env = gym.make("CartPole-v1")
-    model = DreamerGPLD("MlpPolicy", env, **TINY)
+    model = tiny(env, "MlpPolicy")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(30):
@@ -158,5 +159,5 @@ def test_predict_with_its_state_is_silent() -> None:
 @pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said() -> None:
     with pytest.warns(UserWarning, match="device='cuda', but PyTorch finds no GPU: the nets are on 'cpu'") as caught:
-        DreamerGPLD("MlpPolicy", "CartPole-v1", **{**TINY, "device": "cuda"})
+        DreamerGPLD("MlpPolicy", "CartPole-v1", model_size="debug", device="cuda")
     assert caught[0].filename == __file__
