@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dmc,zoo,extra,docs,dev
+EXTRAS := dmc,zoo,extra,onnx,docs,dev
 
 # The test processes share the cores, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -1,17 +1,23 @@
-"""The acting step as a program that needs neither this package nor Stable-Baselines3, only PyTorch."""
+"""The acting step as a program that needs neither this package nor Stable-Baselines3: PyTorch's, or ONNX's."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
 from sb3_dreamer_gpld.observations import like_space, spaces_by_key
@@ -19,6 +25,9 @@ from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
 from sb3_dreamer_gpld.saving import atomic_file
 
 METADATA = "policy.json"
+# Names in an ONNX file, of the state before the step and after it: in one graph they must differ
+STATE = ("deter", "stoch", "last_action")
+NEXT_STATE = tuple(f"next_{name}" for name in STATE)
 
 
 class ActingStep(nn.Module):
@@ -61,13 +70,15 @@ class ActingStep(nn.Module):
         return th.clamp(unscaled, self.low, self.high)
 
 
-def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[str]) -> Path:
-    """Write the acting step as a ``torch.export`` program, for use where only PyTorch is installed.
+def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[str], format: str | None = None) -> Path:
+    """Write the acting step as a program for use where only PyTorch, or only an ONNX runtime, is installed.
 
     The program is deterministic, runs on the processor, and takes any number of environments at a time. Observations are
     not normalised in it: with VecNormalize, give it normalised ones. Images are laid out as in ``model.observation_space``,
     that is with channels first. Beside the program, the file holds ``policy.json``: shapes and dtypes of the observations
-    ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all for one environment::
+    ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all for one environment.
+
+    A ``torch.export`` program::
 
         import json
         import torch
@@ -82,22 +93,88 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
             ...
             episode_start = torch.tensor([done])
 
+    An ONNX file, whose inputs are ``observation`` (``observation.KEY`` for each entry of a Dict), ``deter``, ``stoch``,
+    ``last_action`` and ``episode_start``, and whose outputs are ``action``, ``next_deter``, ``next_stoch`` and
+    ``next_last_action``; ``policy.json`` is in the model's metadata::
+
+        import json
+        import numpy as np
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession("walker.onnx")
+        shapes = json.loads(session.get_modelmeta().custom_metadata_map["policy.json"])["state"]
+        names = ("deter", "stoch", "last_action")
+        state = {name: np.zeros((1, *shape), np.float32) for name, shape in zip(names, shapes.values())}
+        start = np.array([True])
+        while True:
+            inputs = {"observation": observation, **state, "episode_start": start}  # arrays of one environment, (1, ...)
+            action, *following = session.run(None, inputs)
+            state = dict(zip(names, following))
+            ...
+            start = np.array([done])
+
     :param model: a model, or its policy
-    :param path: file; ``.pt2`` is added if it has no suffix. It is replaced in one go, so nobody sees half a file
+    :param path: file; the format's suffix is added if it has none. It is replaced in one go, so nobody sees half a file
+    :param format: "pt2" or "onnx"; None: what the path ends with, "pt2" if it has no suffix
     :return: the path written
-    :raises ValueError: the path has another suffix than ``.pt2``
+    :raises ValueError: the format does not exist, or the path has another suffix than the format's
+    :raises ModuleNotFoundError: ONNX is asked for, and one of its packages is missing
     """
     path = Path(path)
+    if format not in (None, *_WRITERS):
+        raise ValueError(unknown_name("The format", str(format), _WRITERS))
     if path.suffix == "":
-        path = path.with_suffix(".pt2")
-    if path.suffix != ".pt2":
-        raise ValueError(f"The path of an exported policy must end in .pt2, or have no suffix, not {path.suffix!r}")
+        path = path.with_suffix(f".{format or 'pt2'}")
+    suffixes = [f".{name}" for name in _WRITERS] if format is None else [f".{format}"]
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"The path of an exported policy must end in {' or '.join(suffixes)}, or have no suffix, not {path.suffix!r}"
+        )
+    write = _WRITERS[path.suffix[1:]]
+    if write is _write_onnx:
+        _require_onnx()
     policy = _plain_copy(model.policy if isinstance(model, DreamerGPLD) else model)
     program = th.export.export(ActingStep(policy), _example(policy), dynamic_shapes=_dynamic_shapes(policy), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        th.export.save(program, file, extra_files={METADATA: json.dumps(_metadata(policy), indent=1)})
+        write(program, policy, file)
     return path
+
+
+def _write_pt2(program: th.export.ExportedProgram, policy: DreamerPolicy, file: IO[bytes]) -> None:
+    th.export.save(program, file, extra_files={METADATA: json.dumps(_metadata(policy), indent=1)})
+
+
+def _write_onnx(program: th.export.ExportedProgram, policy: DreamerPolicy, file: IO[bytes]) -> None:
+    import onnx_ir
+
+    observations = [f"observation.{name}" if name else "observation" for name in sorted(_observation_spaces(policy))]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of PyTorch about itself
+        found = th.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=[*observations, *STATE, "episode_start"],
+            output_names=["action", *NEXT_STATE],
+        )
+    assert found is not None
+    found.model.metadata_props[METADATA] = json.dumps(_metadata(policy))
+    file.write(onnx_ir.to_proto(found.model).SerializeToString())
+
+
+def _require_onnx() -> None:
+    """:raises ModuleNotFoundError: one of the packages that write ONNX files is missing"""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'ONNX files are written with {" and ".join(missing)}: pip install "sb3-dreamer-gpld[onnx]"')
+
+
+_WRITERS: dict[str, Callable[[th.export.ExportedProgram, DreamerPolicy, IO[bytes]], None]] = {
+    "pt2": _write_pt2,
+    "onnx": _write_onnx,
+}
 
 
 def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from test_dreamer_gpld import BOX, RandomSpaces, policy_for, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.export import ActingStep, export_policy
+from sb3_dreamer_gpld.export import NEXT_STATE, STATE, ActingStep, export_policy
 
 CASES: dict[str, tuple[spaces.Space, spaces.Space]] = {
     "vector, box": (BOX, spaces.Box(np.array([-1.0, -1.0, -0.8]), np.array([1.0, 1.1, 0.8]), dtype=np.float64)),
@@ -154,8 +155,69 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="disk full"):
         export_policy(model, path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match=r"must end in .pt2, or have no suffix, not '.onnx'"):
-        export_policy(model, tmp_path / "policy.onnx")
+
+
+@pytest.mark.parametrize(
+    "name, format, message",
+    [
+        ("policy.bin", None, r"must end in .pt2 or .onnx, or have no suffix, not '.bin'"),
+        ("policy.onnx", "pt2", r"must end in .pt2, or have no suffix, not '.onnx'"),
+        ("policy", "onxx", r"The format 'onxx' .* 'onnx'"),
+    ],
+)
+def test_wrong_formats(name: str, format: str | None, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_policy(tiny("Pendulum-v1"), tmp_path / name, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_of_onnx_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'written with onnx and onnxscript: pip install "sb3-dreamer-gpld\[onnx\]"'):
+        export_policy(tiny("Pendulum-v1"), tmp_path / "policy.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def onnx_inputs(observation: Any) -> dict[str, np.ndarray]:
+    """Inputs of an ONNX file for an observation of E environments."""
+    if isinstance(observation, dict):
+        return {f"observation.{name}": value for name, value in observation.items() if value.size}
+    return {"observation": observation}
+
+
+@pytest.mark.parametrize("name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in CASES])
+def test_onnx_acts_the_same_over_episodes_with_resets(name: str, tmp_path: Path) -> None:
+    """In onnxruntime, one file for any number of environments; the state before an episode does not matter."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = trained(name)
+    generator = th.get_rng_state()
+    path = export_policy(model, tmp_path / "policy", format="onnx")
+    assert path == tmp_path / "policy.onnx" and list(tmp_path.iterdir()) == [path]
+    assert th.equal(generator, th.get_rng_state())
+    session = onnxruntime.InferenceSession(path)
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["policy.json"])
+    assert [output.name for output in session.get_outputs()] == ["action", *NEXT_STATE]
+    for n in (1, 3):
+        env = DummyVecEnv([lambda: RandomSpaces(*CASES[name])] * n)
+        env.seed(n)
+        channels_last = name == "image, 2-d box"
+        observation = env.reset()
+        state, done = None, np.ones(n, dtype=bool)
+        memory = [np.full((n, *shape), 0.5, np.float32) for shape in metadata["state"].values()]
+        for t in range(14):
+            if channels_last:
+                observation = np.moveaxis(observation, -1, 1)  # type: ignore[arg-type]
+            expected, state = model.predict(observation, state, done, deterministic=True)
+            inputs = {**onnx_inputs(observation), **dict(zip(STATE, memory, strict=True)), "episode_start": done}
+            action, *memory = session.run(None, inputs)
+            assert action.dtype == expected.dtype and action.shape == expected.shape
+            np.testing.assert_allclose(action, expected, atol=1e-5 if expected.dtype.kind == "f" else 0)
+            for a, b in zip(memory, state, strict=True):  # type: ignore[arg-type]
+                np.testing.assert_allclose(a, b, atol=1e-5)
+            observation, _, done, _ = env.step(expected)
+            if t == 4:
+                done = np.arange(n) % 2 == 0  # one more reset, of some environments only
 
 
 @pytest.mark.parametrize("name", ["vector, box", "vector, discrete", "dict, multi-discrete"])
