@@ -19,18 +19,21 @@ CONFIGS = next(
 PRESETS = {"cpu": "dreamer_gpld_cpu.yml", "paper": "dreamer_gpld.yml"}
 
 
-def preset(name: str) -> dict[str, Any]:
+def preset(name: str, env_id: str | None = None) -> dict[str, Any]:
     """Arguments of :class:`~sb3_dreamer_gpld.DreamerGPLD`: ``DreamerGPLD("MlpPolicy", env, **preset("cpu"))``.
 
     What stands in the file but is no argument (steps of the run, policy, wrappers) is left out.
 
     :param name: "cpu", settings found by a search for machines without a GPU (docs/learning.md), or "paper", those of Sonigra
         & Kumar (2026)
+    :param env_id: an environment that the file may have settings of its own for, such as "CartPole-v1"; None, or one that it
+        does not name: those for any environment
     :return: a new dict, which may be changed: ``{**preset("cpu"), "gamma": 0.997}``
     :raises ValueError: there is no such preset
     """
     if name not in PRESETS:
         raise ValueError(unknown_name("preset", name, PRESETS))
-    entry = yaml.safe_load((CONFIGS / PRESETS[name]).read_text(encoding="utf-8"))["default"]
+    entries = yaml.safe_load((CONFIGS / PRESETS[name]).read_text(encoding="utf-8"))
+    entry = entries.get(env_id, entries["default"])
     arguments = set(inspect.signature(DreamerGPLD).parameters) - {"policy", "env"}
     return {key: value for key, value in entry.items() if key in arguments}

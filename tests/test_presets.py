@@ -19,6 +19,14 @@ def test_a_preset_is_what_the_file_has_for_any_environment(name: str, file: str)
     assert set(arguments) <= set(inspect.signature(DreamerGPLD).parameters)
 
 
+def test_an_environment_may_have_settings_of_its_own() -> None:
+    entries = yaml.safe_load((CONFIGS / PRESETS["cpu"]).read_text())
+    own = preset("cpu", "CartPole-v1")
+    assert own["gamma"] == entries["CartPole-v1"]["gamma"] != preset("cpu")["gamma"]
+    assert set(own) == set(preset("cpu"))
+    assert preset("cpu", "Acrobot-v1") == preset("cpu", None) == preset("cpu")
+
+
 @pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_makes_an_agent(name: str, env: str) -> None:
