@@ -1,5 +1,6 @@
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 EXTRAS := dmc,zoo,extra,onnx,docs,dev
 
 # The test processes share the cores, so each keeps to one thread.
@@ -10,12 +11,12 @@ CHECK := $(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schem
 
 .PHONY: install demo test test-long lint format benchmark docs clean
 
-install: .venv/.installed
+install: $(VENV)/.installed
 
 # A virtual environment that is there already is kept, unless its pip does not run.
-.venv/.installed: pyproject.toml constraints.txt Makefile
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "installing into .venv, which takes a few minutes the first time"
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV), which takes a few minutes the first time"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
@@ -52,4 +53,4 @@ benchmark: install
 # Leaves the virtual environment and the results of runs.
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -29,7 +29,9 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import SIZES, ModelConfig
 from sb3_dreamer_gpld.envs import ActionRepeat, register_dm_control
+from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import MODULES
+from sb3_dreamer_gpld.trained import TrainedAgent
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -113,6 +115,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[DreamerGPLD]:
     def small_make(id: Any, *args: Any, **kwargs: Any) -> gym.Env:
         return make(id, *args, **{"max_episode_steps": EPISODE, **kwargs})
 
+    sizes, load = dict(SIZES), TrainedAgent.load
+
+    def whole_load(self: TrainedAgent, *args: Any) -> DreamerPolicy:
+        with pytest.MonkeyPatch.context() as whole:  # its file has the true sizes
+            for size, values in sizes.items():
+                whole.setitem(SIZES, size, values)
+            return load(self, *args)
+
+    monkeypatch.setattr(TrainedAgent, "load", whole_load)
     for size in SIZES:
         monkeypatch.setitem(SIZES, size, {**SIZES["debug"], "stoch": 32})
     monkeypatch.setattr(DreamerGPLD, "_setup_model", small_setup)

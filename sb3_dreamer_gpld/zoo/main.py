@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import register_dm_control
+from sb3_dreamer_gpld.trained import find_agent
+from sb3_dreamer_gpld.zoo import enjoy
 from sb3_dreamer_gpld.zoo.arguments import (
     NAME,
     asks_for_help,
@@ -113,8 +115,10 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
 
 
 def _enjoy(args: list[str]) -> None:
+    if any(arg == "--trained" or arg.startswith("--trained=") for arg in args):
+        return _enjoy_trained(args)
     register()
-    from rl_zoo3.enjoy import enjoy
+    import rl_zoo3.enjoy
 
     if not asks_for_help(args):
         options = parse(args, "no_render")
@@ -122,7 +126,19 @@ def _enjoy(args: list[str]) -> None:
             fail("there is no display to show the agent on: use --no-render, or record-video")
         args, _ = _prepare_agent(args, rendering=False)
     with given_arguments("enjoy", args):
-        enjoy()
+        rl_zoo3.enjoy.enjoy()
+
+
+def _enjoy_trained(args: list[str]) -> None:
+    options = enjoy.parse(args)
+    try:
+        agent = find_agent(options.trained)
+    except (FileNotFoundError, ValueError) as error:
+        fail(f"--trained {options.trained}: {error}")
+    prepare_environment(agent.env, [], rendering=False)
+    if not options.no_render and not has_display():
+        fail("there is no display to show the agent on: use --no-render")
+    enjoy.run(agent, options)
 
 
 def _record_video(args: list[str]) -> None:
@@ -211,7 +227,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command(_train, "train an agent"),
-    "enjoy": Command(_enjoy, "show a trained agent, and its returns"),
+    "enjoy": Command(_enjoy, "show a trained agent, and its returns; --trained AGENT: one that comes with the repository"),
     "record-video": Command(_record_video, "record a trained agent as mp4"),
     "optimize": Command(_optimize, "search hyperparameters with Optuna"),
     "plot": Command(_plot, "draw learning curves, and the aggregate over tasks, as PNG"),

@@ -1,0 +1,310 @@
+"""Everything that is asked of a GPU machine, in one command and a few minutes.
+
+Usage: python -m benchmarks.gpu [--minutes 8] [--to runs/gpu] [--device cuda] [--sizes 1m 12m 50m] [--only PART ...]
+
+In this order, each part in a process of its own, so that one that breaks leaves the others:
+
+    packages  what is missing here, and what the card is
+    tests     tests/test_cuda.py
+    parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, compiled and not
+    update    milliseconds, kernels and peak memory of an update, for each size, penalty and way to run it
+    loop      steps per second of the whole loop with 1 and 16 environments, and the share of the updates
+    walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
+
+Results are printed and saved in ``results.json`` after each part; ``walk.csv`` grows by a row for every episode. No network
+is needed. Let nothing else run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("numpy", "torch", "gymnasium", "stable_baselines3", "yaml", "pytest", "hypothesis", "tensorboard")
+TASKS_NEED = ("shimmy", "dm_control", "mujoco")
+PENALTIES: dict[str, dict[str, Any]] = {
+    "off": dict(posterior_penalty=0.0),
+    "hutchinson": dict(posterior_penalty=0.5),
+    "exact": dict(posterior_penalty=0.5, penalty_estimator="exact"),
+}
+MODES = ("uncompiled", "compiled")
+LAST_SECONDS = 20.0  # kept for saving at the end of a part
+LEAST_SECONDS = 15.0  # with less a part is not begun
+
+
+class Part(NamedTuple):
+    """One process.
+
+    :param name: of its function in :data:`PARTS`
+    :param options: keyword arguments of that function, beside the device and the folder
+    :param limit: seconds after which it is stopped
+    :param reserve: seconds that it leaves for the parts after it
+    """
+
+    name: str
+    options: dict[str, Any]
+    limit: float
+    reserve: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return " ".join([self.name, *map(str, self.options.values())])
+
+
+def plan(sizes: list[str]) -> Iterator[Part]:
+    """All parts in their order."""
+    yield Part("packages", {}, 60.0)
+    yield Part("tests", {}, 120.0)
+    for mode in MODES:
+        yield Part("parity", {"mode": mode}, 90.0)
+    for size, mode, penalty in itertools.product(sizes, MODES, PENALTIES):
+        limit = 120.0 if mode == "compiled" else 45.0
+        yield Part("update", {"size": size, "mode": mode, "penalty": penalty}, limit, reserve=150.0)
+    for environments in (1, 16):
+        yield Part("loop", {"size": sizes[0], "environments": environments}, 60.0, reserve=60.0)
+    yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def packages(device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Versions of what is here, and names of what is not."""
+    import torch as th
+
+    names = (*NEEDED, *TASKS_NEED)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    distributions = {"yaml": "pyyaml"}
+    versions = {name: importlib.metadata.version(distributions.get(name, name)) for name in names if name not in missing}
+    card = th.cuda.get_device_name() if th.cuda.is_available() else None
+    return {"missing": missing, "versions": versions, "card": card, "cuda": th.version.cuda, "device": device}
+
+
+def tests(device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    summary = done.stdout.strip().splitlines()[-1:]
+    if done.returncode != 0:
+        raise SystemExit(done.stdout[-4000:])
+    return {"summary": summary}
+
+
+def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, Any]:
+    """Largest relative error of a loss, and of a gradient beside its largest entry, for each recording."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "nets")]
+    import torch as th
+    from test_parity import RECORDINGS, Recording
+    from torch.utils._pytree import tree_map
+
+    from sb3_dreamer_gpld.learner import Draws
+
+    found: dict[str, Any] = {}
+    for name in ("cont0", "disc0", "image0"):
+        recording = Recording(RECORDINGS[name])
+        model = recording.model()
+        arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
+        model.device, model.policy = th.device(device), model.policy.to(device)
+        if mode == "compiled":
+            model.learner.execution.compile()
+        moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, th.Tensor) else leaf, arguments)
+        total = model.learner.loss(*moved, model._n_updates).total
+        total.backward()
+        recorded = recording.tensor("loss_total")
+        gradients = recording.parameters("grad/")
+        ours = {key: value.grad.cpu() for key, value in model.policy.named_parameters() if value.grad is not None}
+        errors = {
+            key: float((ours[key] - value).abs().max() / value.abs().max())
+            for key, value in gradients.items()
+            if key in ours and value.abs().max() > 0
+        }
+        worst = max(errors, key=errors.__getitem__)
+        error = float((total.detach().cpu() - recorded).abs() / recorded.abs())
+        found[name] = {"loss": error, "gradient": errors[worst], "worst": worst}
+    return found
+
+
+def update(device: str, folder: Path, seconds: float, size: str, mode: str, penalty: str) -> dict[str, Any]:
+    """Milliseconds of an update of 16 x 64 steps (median of eleven), kernels that it launches, and peak memory."""
+    import numpy as np
+    import torch as th
+
+    from benchmarks.walker import filled_model
+    from benchmarks.yardstick import synchronize
+
+    model = filled_model(
+        model_size=size, compile=mode == "compiled", precision="auto", device=device, buffer_size=10_000, **PENALTIES[penalty]
+    )
+    if model.device.type == "cuda":
+        th.cuda.reset_peak_memory_stats()
+    first = time.perf_counter()
+    model.train(1, model.batch_size)
+    synchronize(model.device)
+    first = time.perf_counter() - first
+    model.train(2, model.batch_size)
+    times = []
+    for _ in range(11):
+        synchronize(model.device)
+        start = time.perf_counter()
+        model.train(1, model.batch_size)
+        synchronize(model.device)
+        times.append(time.perf_counter() - start)
+    found = {"ms": 1e3 * float(np.median(times)), "ms_range": [1e3 * min(times), 1e3 * max(times)], "first_s": first}
+    if model.device.type == "cuda":
+        found["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
+        with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CUDA]) as profile:
+            model.train(1, model.batch_size)
+            synchronize(model.device)
+        kernels = [event for event in profile.events() if event.device_type == th.autograd.DeviceType.CUDA]
+        found["kernels"] = len(kernels)
+        found["kernel_ms"] = sum(event.device_time for event in kernels) / 1e3
+    return found
+
+
+def loop(device: str, folder: Path, seconds: float, size: str, environments: int) -> dict[str, Any]:
+    """Steps per second of collecting and training on walker-sized environments without a simulator, after the first update."""
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from benchmarks.walker import WalkerSized
+    from sb3_dreamer_gpld import DreamerGPLD
+
+    env = make_vec_env(WalkerSized, n_envs=environments)
+    model = DreamerGPLD(
+        "MultiInputPolicy", env, seed=0, model_size=size, device=device, learning_starts=1100, buffer_size=10_000
+    )
+    model.learn(1200, log_interval=None)  # with the first updates, which may compile
+    steps, updates, start = model.num_timesteps, model._n_updates, time.perf_counter()
+    while time.perf_counter() - start < min(20.0, seconds / 3):
+        model.learn(10 * environments, reset_num_timesteps=False, log_interval=None)
+    elapsed = time.perf_counter() - start
+    return {
+        "steps_per_s": (model.num_timesteps - steps) / elapsed,
+        "updates_per_s": (model._n_updates - updates) / elapsed,
+    }
+
+
+def walk(device: str, folder: Path, seconds: float, size: str) -> dict[str, Any]:
+    """walker-walk in the GPLD paper's setting, from the checkpoint of an earlier call if there is one."""
+    from stable_baselines3.common.env_util import make_vec_env
+
+    from benchmarks.results import read_csv, write_csv
+    from sb3_dreamer_gpld import DreamerGPLD, preset
+    from sb3_dreamer_gpld.envs import make_dmc
+
+    end = time.perf_counter() + seconds - LAST_SECONDS
+    env = make_vec_env(make_dmc, n_envs=16, env_kwargs=dict(task="walker-walk", action_repeat=2))
+    checkpoint, buffer_file, table = folder / "walk.zip", folder / "walk_buffer.pkl", folder / "walk.csv"
+    if checkpoint.exists() and buffer_file.exists():
+        model = DreamerGPLD.load(checkpoint, env=env, device=device)
+        model.load_replay_buffer(buffer_file)
+    else:
+        model = DreamerGPLD("MultiInputPolicy", env, seed=0, device=device, **{**preset("paper"), "model_size": size})
+    rows: list[dict[str, Any]] = [row for row in read_csv(table) if int(row["frames"]) <= model.num_frames]
+    begin = time.perf_counter()
+    while time.perf_counter() < end:
+        model.learn(160, reset_num_timesteps=False, log_interval=None)
+        if model.ep_info_buffer:
+            rows += [
+                {"frames": model.num_frames, "episode_return": float(episode["r"]), "updates": model._n_updates}
+                for episode in model.ep_info_buffer
+            ]
+            model.ep_info_buffer.clear()
+            write_csv(table, rows)
+    model.save(checkpoint)
+    model.save_replay_buffer(buffer_file)
+    last = [float(row["episode_return"]) for row in rows[-16:]]
+    return {
+        "frames": model.num_frames,
+        "updates": model._n_updates,
+        "last_returns": last,
+        "s": time.perf_counter() - begin,
+    }
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    part.__name__: part for part in (packages, tests, parity, update, loop, walk)
+}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def run_part(part: Part, device: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """One part in a process of its own.
+
+    :param part: which
+    :param device: of the model
+    :param folder: for the files
+    :param seconds: until it is stopped
+    :return: status, seconds, and what it found, or the end of what it printed
+    """
+    out = folder / "part.json"
+    out.unlink(missing_ok=True)
+    inner = max(1.0, seconds - LAST_SECONDS / 2) if part.name == "walk" else seconds
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--options", json.dumps(part.options)]
+    command += ["--device", device, "--to", str(folder), "--seconds", str(inner)]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
+        status, output = ("ok" if done.returncode == 0 else "failed"), done.stdout + done.stderr
+    except subprocess.TimeoutExpired as expired:
+        parts = (printed for printed in (expired.stdout, expired.stderr) if printed)
+        status, output = "stopped", "".join(text if isinstance(text, str) else text.decode() for text in parts)
+    found = json.loads(out.read_text()) if status == "ok" and out.exists() else {"output": output[-4000:]}
+    out.unlink(missing_ok=True)
+    return {"part": part.title, "status": status, "s": round(time.perf_counter() - start, 1), **found}
+
+
+def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int:
+    """Parts one after the other, as long as there is time.
+
+    :return: how many did not end well
+    """
+    from benchmarks.results import write_json
+
+    end = time.perf_counter() + 60 * minutes
+    results: list[dict[str, Any]] = []
+    for part in parts:
+        left = end - time.perf_counter() - part.reserve
+        if left < LEAST_SECONDS:
+            results.append({"part": part.title, "status": "no time left"})
+        else:
+            results.append(run_part(part, device, folder, min(part.limit, left)))
+        print(json.dumps(results[-1]), flush=True)
+        write_json(folder / "results.json", results)
+    return sum(result["status"] != "ok" for result in results)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together (default: 8)")
+    parser.add_argument("--to", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)")
+    parser.add_argument("--device", default="cuda", help="cpu tries the command itself (default: cuda)")
+    parser.add_argument("--sizes", nargs="+", default=["1m", "12m", "50m"], help="of the models (default: 1m 12m 50m)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: all)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--options", type=json.loads, default={}, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = args.to.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        found = PARTS[args.part](args.device, folder, args.seconds, **args.options)
+        (folder / "part.json").write_text(json.dumps(found))
+        return 0
+    parts = [part for part in plan(args.sizes) if args.only is None or part.name in args.only]
+    return min(1, run_all(parts, args.device, folder, args.minutes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The benchmark of a GPU machine, tried on the processor: what breaks in one part leaves the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.long
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--sizes", "debug", "--to", str(tmp_path)]
+    done = subprocess.run([*command, "--only", "packages", "loop"], cwd=ROOT, capture_output=True, text=True, check=False)
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert printed == json.loads((tmp_path / "results.json").read_text())
+    packages, *loops = printed
+    assert packages["part"] == "packages" and "torch" in packages["versions"] and "torch" not in packages["missing"]
+    assert [each["part"] for each in loops] == ["loop debug 1", "loop debug 16"]
+    assert all(each["steps_per_s"] > 1 and each["updates_per_s"] > 0 for each in loops)
+    assert not (tmp_path / "part.json").exists()
+
+
+def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [
+        gpu.Part("loop", {"size": "no such size", "environments": 1}, 60.0),
+        gpu.Part("update", {"size": "debug", "mode": "uncompiled", "penalty": "off"}, 0.5),
+        gpu.Part("packages", {}, 60.0),
+        gpu.Part("walk", {"size": "debug"}, 60.0, reserve=1e6),
+    ]
+    assert gpu.run_all(parts, "cpu", tmp_path, 5) == 3
+    broken, hanging, packages, late = json.loads((tmp_path / "results.json").read_text())
+    assert broken["status"] == "failed" and "no such size" in broken["output"]
+    assert hanging["status"] == "stopped" and packages["status"] == "ok" and late["status"] == "no time left"
+
+
+@pytest.mark.long
+def test_walking_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("dm_control")
+    pytest.importorskip("shimmy")
+    first = gpu.walk("cpu", tmp_path, gpu.LAST_SECONDS + 10, "debug")
+    second = gpu.walk("cpu", tmp_path, gpu.LAST_SECONDS + 10, "debug")
+    assert 0 < first["frames"] < second["frames"]
+
+
+def test_the_order() -> None:
+    parts = list(gpu.plan(["1m", "12m"]))
+    names = list(dict.fromkeys(part.name for part in parts))
+    assert names == ["packages", "tests", "parity", "update", "loop", "walk"] == list(gpu.PARTS)
+    assert sum(part.name == "update" for part in parts) == 2 * 2 * 3
