@@ -6,6 +6,7 @@ Usage: python -m benchmarks.trained_agents NAME MODEL.zip --env dm_control/walke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ from sb3_dreamer_gpld.trained import FOLDER, LIST, TrainedAgent
 EPISODES = 20
 EVALUATION_SEED = 20_000
 PACKAGES = ("sb3-dreamer-gpld", "torch", "stable-baselines3", "gymnasium", "dm-control", "mujoco")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def evaluate(agent: TrainedAgent, model: DreamerGPLD, deterministic: bool) -> dict[str, Any]:
@@ -51,7 +61,7 @@ def add(name: str, model_file: Path, env: str, action_repeat: int, command: str,
         "seed": model.seed,
         "frames": action_repeat * model.num_timesteps,
         "updates": model._n_updates,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
     agent = TrainedAgent(name, folder / f"{name}.pt", env, action_repeat, True, {}, made_by)
     for kind, deterministic in (("most probable", True), ("sampled", False)):

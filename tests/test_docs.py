@@ -254,6 +254,7 @@ def test_commands_exist(block: Block) -> None:
 )
 def test_wrong_commands_are_found(line: str) -> None:
     pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((AssertionError, SystemExit)):
         for words in read_commands(line):
             check_command(words, monkeypatch)
