@@ -8,7 +8,7 @@ In this order, each part in a process of its own, so that one that breaks leaves
     tests     tests/test_cuda.py
     parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, compiled and not
     update    milliseconds, kernels and peak memory of an update, for each size, penalty and way to run it
-    loop      steps per second of the whole loop with 1 and 16 environments, and the share of the updates
+    loop      steps and updates per second of the whole loop with 1 and 16 environments
     walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
 
 Results are printed and saved in ``results.json`` after each part; ``walk.csv`` grows by a row for every episode. No network
@@ -172,7 +172,7 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
 
 
 def loop(device: str, folder: Path, seconds: float, size: str, environments: int) -> dict[str, Any]:
-    """Steps per second of collecting and training on walker-sized environments without a simulator, after the first update."""
+    """Steps and updates per second of the whole loop on walker-sized environments without a simulator, once it updates."""
     from stable_baselines3.common.env_util import make_vec_env
 
     from benchmarks.walker import WalkerSized
