@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 
 from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, dynamics_share, entropy_target, unknown_name
+from sb3_dreamer_gpld.planning import PlannerConfig
 
 if TYPE_CHECKING:
     from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
@@ -106,6 +107,9 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     actions = ActionSpec.from_space(algorithm.action_space)
     dynamics_share(algorithm.actor_gradient, actions)
     entropy_target(algorithm.ent_coef, algorithm.target_entropy, actions)
+    PlannerConfig.make(algorithm.planner, actions)
+    if algorithm.plan_in_training and algorithm.planner is None:
+        raise ValueError("plan_in_training=True needs a planner; allowed: planner='mppi', or a dict of its settings")
     check_range("exploration_noise", algorithm.exploration_noise, 0.0, float("inf"))
     check_range("penalty_start", algorithm.penalty_start, 0.0, float("inf"))
     if algorithm.precision not in ("auto", "float32", "bfloat16"):

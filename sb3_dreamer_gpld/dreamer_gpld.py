@@ -31,6 +31,7 @@ from sb3_dreamer_gpld.exploration import correlated_noise
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.pace import Pace, tell, warn_if_too_short
+from sb3_dreamer_gpld.planning import PlannerConfig
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
 from sb3_dreamer_gpld.saving import restore_rng
@@ -86,6 +87,10 @@ class DreamerGPLD(ResumableAlgorithm):
         None: from all
     :param exploration_noise: standard deviation of correlated noise (Ornstein-Uhlenbeck) that is added to collected actions in
         a Box, in their range scaled to [−1, 1]; 0: none, as published. ``action_noise`` takes its place where it is given
+    :param planner: "mppi": :meth:`predict`, and with it every evaluation, plans each action (Hansen et al., "TD-MPC2", ICLR
+        2024), for actions in a Box; or a dict of settings that differ from TD-MPC2's, see
+        :class:`~sb3_dreamer_gpld.planning.PlannerConfig`; None: actions are the policy net's
+    :param plan_in_training: collected actions are planned as well
     :param learning_rate_warmup: updates over which the learning rate rises linearly from 0
     :param posterior_penalty: λ₀ of the penalty on the posterior; 0: none
     :param prior_penalty: λ₀ of the penalty on the prior; 0: none
@@ -145,6 +150,8 @@ class DreamerGPLD(ResumableAlgorithm):
         actor_learning_rate: float | Schedule | None = None,
         imagination_starts: int | None = None,
         exploration_noise: float = 0.0,
+        planner: str | dict[str, Any] | PlannerConfig | None = None,
+        plan_in_training: bool = False,
         learning_rate_warmup: int = 1000,
         posterior_penalty: float = 0.5,
         prior_penalty: float = 0.0,
@@ -197,6 +204,8 @@ class DreamerGPLD(ResumableAlgorithm):
         self.actor_learning_rate = actor_learning_rate
         self.imagination_starts = imagination_starts
         self.exploration_noise = exploration_noise
+        self.planner = planner
+        self.plan_in_training = plan_in_training
         self.learning_rate_warmup = learning_rate_warmup
         self.posterior_penalty = posterior_penalty
         self.prior_penalty = prior_penalty
@@ -229,7 +238,7 @@ class DreamerGPLD(ResumableAlgorithm):
             self.observation_space,
             self.action_space,
             self.lr_schedule,
-            **{"model_size": self.model_size, **own_rate, **self.policy_kwargs},
+            **{"model_size": self.model_size, "planner": self.planner, **own_rate, **self.policy_kwargs},
         )
         self.policy = self.policy.to(self.device)
         rows = self.policy.config.stoch
@@ -323,7 +332,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self._last_obs is not None and self._last_episode_starts is not None
         observation, _ = self.policy.obs_to_tensor(self._last_obs)
         is_first = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device)
-        self._state = self.policy.act(observation, self._state, is_first)
+        self._state = self.policy.act(observation, self._state, is_first, planned=self.plan_in_training)
         if action_noise is not None and self.policy.action_spec.nvec is None:
             noise = th.as_tensor(np.asarray(action_noise(), dtype=np.float32), device=self.device)
             noisy = self._state.action + noise.view_as(self._state.action)

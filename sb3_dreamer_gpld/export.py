@@ -58,7 +58,7 @@ class ActingStep(nn.Module):
         :return: actions in the dtype and bounds of the space, (E, *action shape), and the new state
         """
         memory = self.policy.act(observation, RecurrentState(*state), episode_start, deterministic=True)
-        return self.to_env_action(memory.action), tuple(memory)  # type: ignore[return-value]
+        return self.to_env_action(memory.action), memory.parts  # type: ignore[return-value]
 
     def to_env_action(self, action: Tensor) -> Tensor:
         """As :meth:`DreamerPolicy.to_env_action`, operation by operation: (E, A) → (E, *action shape)."""
@@ -73,7 +73,8 @@ class ActingStep(nn.Module):
 def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[str], format: str | None = None) -> Path:
     """Write the acting step as a program for use where only PyTorch, or only an ONNX runtime, is installed.
 
-    The program is deterministic, runs on the processor, and takes any number of environments at a time. Observations are
+    The program is deterministic, runs on the processor, and takes any number of environments at a time. It acts with the
+    policy net, also where the model has a planner. Observations are
     not normalised in it: with VecNormalize, give it normalised ones. Images are laid out as in ``model.observation_space``,
     that is with channels first. Beside the program, the file holds ``policy.json``: shapes and dtypes of the observations
     ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all for one environment.
@@ -178,9 +179,9 @@ _WRITERS: dict[str, Callable[[th.export.ExportedProgram, DreamerPolicy, IO[bytes
 
 
 def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:
-    """A copy on the processor, without compiled functions, gradients or optimiser state; draws no random number."""
+    """A copy on the processor, without compiled functions, planner, gradients or optimiser state; draws no random number."""
     with th.random.fork_rng(devices=[]):
-        copy = type(policy)(**policy._get_constructor_parameters())
+        copy = type(policy)(**{**policy._get_constructor_parameters(), "planner": None})
     copy.load_state_dict(policy.state_dict())
     copy.set_training_mode(False)
     return copy.requires_grad_(False)
@@ -197,7 +198,7 @@ def _example(policy: DreamerPolicy) -> tuple[Any, tuple[Tensor, ...], Tensor]:
     for name, space in _observation_spaces(policy).items():
         value = np.full(space.shape or (), getattr(space, "start", 0), space.dtype)
         observation[name] = th.as_tensor(np.stack([value, value]))
-    state = tuple(policy.initial_state(2))
+    state = policy.initial_state(2).parts
     return like_space(observation, policy.observation_space), state, th.ones(2, dtype=th.bool)
 
 
@@ -214,6 +215,6 @@ def _metadata(policy: DreamerPolicy) -> dict[str, Any]:
     state = policy.initial_state(1)
     return {
         "observation": {name: describe(space) for name, space in _observation_spaces(policy).items()},
-        "state": {name: list(x.shape[1:]) for name, x in state._asdict().items()},
+        "state": {name: list(x.shape[1:]) for name, x in zip(RecurrentState._fields, state.parts, strict=False)},
         "action": describe(policy.action_space),
     }

@@ -5,6 +5,7 @@ Letters: E environments, B sequences, D deter, K rows, C classes, A action numbe
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -29,6 +30,7 @@ from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_catego
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.observations import by_key
 from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.planning import Planner, PlannerConfig
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
 
 CALLS_WITHOUT_STATE = 10  # of predict in a row, before a warning
@@ -40,11 +42,18 @@ class RecurrentState(NamedTuple):
     :param deter: (E, D)
     :param stoch: one-hots, (E, C, K)
     :param action: last action as the nets see it, (E, A)
+    :param plan: mean of the last plan, (E, H, A); None without a planner
     """
 
     deter: Tensor
     stoch: Tensor
     action: Tensor
+    plan: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What there is of it: deter, stoch, action, and the plan if there is one."""
+        return tuple(x for x in self if x is not None)
 
 
 class DreamerPolicy(BasePolicy):
@@ -60,6 +69,8 @@ class DreamerPolicy(BasePolicy):
         the image encoder only)
     :param optimizer_class: optimiser
     :param optimizer_kwargs: its arguments, without the learning rate
+    :param planner: :meth:`predict` plans, see :meth:`~sb3_dreamer_gpld.planning.PlannerConfig.make`; None: it takes the policy
+        net's action
     :param actor_group: the optimiser has the policy's net in a group of its own, the second, for a learning rate of its own
     :param sizes: fields of :class:`~sb3_dreamer_gpld.config.ModelConfig`
     :raises ValueError: a space, size or value that is not allowed
@@ -84,6 +95,7 @@ class DreamerPolicy(BasePolicy):
         features_extractor_kwargs: dict[str, Any] | None = None,
         optimizer_class: type[th.optim.Optimizer] = LaProp,
         optimizer_kwargs: dict[str, Any] | None = None,
+        planner: str | Mapping[str, Any] | PlannerConfig | None = None,
         actor_group: bool = False,
         **sizes: Any,
     ) -> None:
@@ -102,6 +114,8 @@ class DreamerPolicy(BasePolicy):
         self.config = self._make_config()
         self.world_model = self.world_model_class(self.observation_spec, self.action_spec.size, self.config)
         self.actor_critic = self.actor_critic_class(self.action_spec, self.config)
+        planning = PlannerConfig.make(planner, self.action_spec)
+        self.planner = None if planning is None else Planner(planning)
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": trainable}]
         if actor_group:
@@ -141,6 +155,7 @@ class DreamerPolicy(BasePolicy):
             features_extractor_kwargs=self.features_extractor_kwargs,
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
+            planner=None if self.planner is None else dataclasses.asdict(self.planner.config),
             **self.sizes,
         )
 
@@ -206,11 +221,17 @@ class DreamerPolicy(BasePolicy):
     def initial_state(self, n_envs: int) -> RecurrentState:
         """State before the first step of E environments: zeros."""
         deter, stoch = self.world_model.rssm.initial(n_envs)
-        return RecurrentState(deter, stoch, deter.new_zeros(n_envs, self.action_spec.size))
+        action = deter.new_zeros(n_envs, self.action_spec.size)
+        return RecurrentState(deter, stoch, action, None if self.planner is None else self.planner.initial(action))
 
     @th.no_grad()
     def act(
-        self, observation: PyTorchObs, state: RecurrentState, is_first: Tensor, deterministic: bool = False
+        self,
+        observation: PyTorchObs,
+        state: RecurrentState,
+        is_first: Tensor,
+        deterministic: bool = False,
+        planned: bool = False,
     ) -> RecurrentState:
         """One step of acting.
 
@@ -218,6 +239,7 @@ class DreamerPolicy(BasePolicy):
         :param state: after the previous step
         :param is_first: the observation starts an episode, bool (E,)
         :param deterministic: take the most probable latent and action; no random number is drawn
+        :param planned: the action is the planner's, which there must be
         :return: the state after this step; its ``action`` is the chosen one, clipped to [−1, 1] or one-hot
         """
         n, config = is_first.shape[0], self.config  # not len(): it would fix E in an exported program
@@ -226,13 +248,19 @@ class DreamerPolicy(BasePolicy):
         following = self.world_model.rssm.step(
             tokens, state.action, is_first, state.deter, state.stoch.flatten(1), noise
         )  # (E, ...)
+        if planned:
+            assert self.planner is not None and state.plan is not None
+            stoch = following.stoch.flatten(1)  # (E, C·K)
+            nets = self.world_model, self.actor_critic
+            action, plan = self.planner.plan(*nets, following.deter, stoch, state.plan, is_first, deterministic)
+            return RecurrentState(following.deter, following.stoch, action, plan)
         outputs = self.actor_critic.policy(following.features)  # (E, outputs)
         distribution = self.actor_critic.distribution
         if deterministic:
             action = distribution.mode(outputs)
         else:
             action = distribution.sample(outputs, distribution.draw((n,), outputs.device))
-        return RecurrentState(following.deter, following.stoch, action.clamp(-1.0, 1.0))
+        return RecurrentState(following.deter, following.stoch, action.clamp(-1.0, 1.0), state.plan)
 
     def predict(
         self,
@@ -248,8 +276,8 @@ class DreamerPolicy(BasePolicy):
         :param episode_start: bool (E,), where the memory is dropped; None: nowhere
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: actions in the space's dtype and bounds, and the new memory (deter (E, D), stoch (E, C, K),
-            action (E, A)); the arguments are left as they are
-        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments
+            action (E, A), and with a planner its plan (E, H, A)); the arguments are left as they are
+        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments, or to another planner
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
@@ -260,17 +288,33 @@ class DreamerPolicy(BasePolicy):
         if state is None:
             memory = self.initial_state(n)
         else:
-            memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
-            if len(memory.deter) != n:
-                raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n} observations")
+            memory = self._checked_state(state, n)
         is_first = np.zeros(n, dtype=bool) if episode_start is None else np.array(episode_start, dtype=bool).reshape(-1)
         if len(is_first) != n:
             raise ValueError(f"episode_start has {len(is_first)} entries, but there are {n} observations")
-        memory = self.act(tensors, memory, th.as_tensor(is_first, device=self.device), deterministic)
+        starts = th.as_tensor(is_first, device=self.device)
+        memory = self.act(tensors, memory, starts, deterministic, planned=self.planner is not None)
         actions = self.to_env_action(memory.action)
         if not vectorized:
             actions = actions.squeeze(axis=0)
-        return actions, tuple(x.cpu().numpy() for x in memory)
+        return actions, tuple(x.cpu().numpy() for x in memory.parts)
+
+    def _checked_state(self, state: tuple[np.ndarray, ...], n_envs: int) -> RecurrentState:
+        """The state that the caller of :meth:`predict` hands back.
+
+        :raises ValueError: it is of another number of environments, or of another planner
+        """
+        memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
+        if len(memory.deter) != n_envs:
+            raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n_envs} observations")
+        expected = None if self.planner is None else self.planner.initial(memory.action).shape[1:]
+        found = None if memory.plan is None else memory.plan.shape[1:]
+        if found != expected:
+            raise ValueError(
+                f"state holds a plan of shape {found and tuple(found)}, and this policy's planner makes "
+                f"{expected and tuple(expected)}; allowed: a state that this policy returned, or None where all episodes start"
+            )
+        return memory
 
     def _warn_of_lost_state(self, without_state: bool) -> None:
         """Warn once of ``predict`` over and over without its state, where no episode is said to start.

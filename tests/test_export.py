@@ -127,7 +127,7 @@ print(json.dumps(action.tolist()))
 def test_exporting_changes_nothing(tmp_path: Path) -> None:
     """Neither parameters nor random numbers; the compiled functions of the model are left out."""
     model = trained("vector, box")
-    expected = ActingStep(model.policy)(th.ones(2, 3), tuple(model.policy.initial_state(2)), th.ones(2, dtype=th.bool))
+    expected = ActingStep(model.policy)(th.ones(2, 3), model.policy.initial_state(2).parts, th.ones(2, dtype=th.bool))
     model.learner.execution.compile()
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     generator = th.get_rng_state()
@@ -137,7 +137,7 @@ def test_exporting_changes_nothing(tmp_path: Path) -> None:
     assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
     assert all(p.requires_grad for p in model.policy.world_model.parameters())
     step, _ = load(path)
-    action, _ = step(th.ones(2, 3), tuple(model.policy.initial_state(2)), th.ones(2, dtype=th.bool))
+    action, _ = step(th.ones(2, 3), model.policy.initial_state(2).parts, th.ones(2, dtype=th.bool))
     th.testing.assert_close(action, expected[0])
 
 
@@ -234,5 +234,5 @@ def test_forward_is_a_first_step(name: str) -> None:
         np.testing.assert_allclose(model.policy.unscale_action(action.numpy()), expected, atol=1e-6)
     else:
         np.testing.assert_array_equal(action.numpy(), expected)
-    whole, _ = ActingStep(model.policy)(tensors, tuple(model.policy.initial_state(1)), th.tensor([True]))
+    whole, _ = ActingStep(model.policy)(tensors, model.policy.initial_state(1).parts, th.tensor([True]))
     np.testing.assert_array_equal(whole.numpy(), expected)

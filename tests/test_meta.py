@@ -79,6 +79,10 @@ def model_of(name: str) -> DreamerGPLD:
     return tiny(RandomSpaces(observations, actions), train_ratio=0.0, precision="float32", **options)
 
 
+# Neither knows the meta device.
+WITHOUT_AUTOCAST = {"autocast": lambda *_, **__: contextlib.nullcontext(), "is_autocast_enabled": lambda *_: False}
+
+
 def updates(name: str) -> OneDevice:
     """Make two updates in float32 on the meta device, the first of which allocates the optimiser's state.
 
@@ -97,8 +101,7 @@ def updates(name: str) -> OneDevice:
         group["params"] = [moved[names[parameter]] for parameter in group["params"]]
     batch, draws = on_meta(batch), on_meta(draws)
     rates = [1e-4] * len(groups)
-    off = {"autocast": lambda *_, **__: contextlib.nullcontext(), "is_autocast_enabled": lambda *_: False}
-    with mock.patch.multiple(th, **off):  # neither knows the meta device
+    with mock.patch.multiple(th, **WITHOUT_AUTOCAST):
         model.learner.update(batch, draws, 0, rates)
         with OneDevice() as mode:
             model.learner.update(batch, draws, 1, rates)
@@ -136,12 +139,26 @@ def test_acting_stays_on_its_device(name: str, deterministic: bool) -> None:
     policy = model_of(name).policy
     sample = {key: np.zeros((2, *space.shape), space.dtype) for key, space in spaces_by_key(policy.observation_space).items()}
     observation = on_meta(like_space({key: th.as_tensor(value) for key, value in sample.items()}, policy.observation_space))
-    state, is_first = on_meta(tuple(policy.initial_state(2))), th.ones(2, dtype=th.bool, device="meta")
+    state, is_first = on_meta(policy.initial_state(2).parts), th.ones(2, dtype=th.bool, device="meta")
     policy.to("meta")
     with OneDevice() as mode:
         following = policy.act(observation, RecurrentState(*state), is_first, deterministic)
-    assert [tensor.shape for tensor in following] == [tensor.shape for tensor in state]
+    assert [tensor.shape for tensor in following.parts] == [tensor.shape for tensor in state]
     assert mode.launches <= ACTING_CEILINGS[name]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_planning_stays_on_its_device(deterministic: bool) -> None:
+    policy = tiny(RandomSpaces(BOX, BOX), planner=dict(samples=8, policy_samples=2, elites=3)).policy
+    observation, state = on_meta(th.zeros(2, 3)), on_meta(policy.initial_state(2).parts)
+    is_first = th.ones(2, dtype=th.bool, device="meta")
+    policy.to("meta")
+    with mock.patch.multiple(th, **WITHOUT_AUTOCAST):
+        policy.act(observation, RecurrentState(*state), is_first, deterministic, planned=True)  # draws what is kept
+        with OneDevice() as mode:
+            following = policy.act(observation, RecurrentState(*state), is_first, deterministic, planned=True)
+    assert [tensor.shape for tensor in following.parts] == [tensor.shape for tensor in state]
+    assert mode.launches > 500
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], str]] = {

@@ -268,7 +268,7 @@ def test_an_evaluation_in_the_middle_changes_nothing(n_envs: int) -> None:
     for (name, a), b in zip(plain.policy.state_dict().items(), evaluated.policy.state_dict().values(), strict=True):
         assert th.equal(a, b), name
     assert plain._state is not None and evaluated._state is not None
-    for a, b in zip(plain._state, evaluated._state, strict=True):
+    for a, b in zip(plain._state.parts, evaluated._state.parts, strict=True):
         assert th.equal(a, b)
     assert plain.replay_buffer is not None and evaluated.replay_buffer is not None
     for name in ("observations", "actions", "rewards", "is_first", "deter", "stoch"):

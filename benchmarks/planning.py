@@ -1,0 +1,149 @@
+"""What planning at decision time costs, and what it returns beside the policy net, with the same trained nets.
+
+Usage: python -m benchmarks.planning time [--size 1m] [--environments 1 16] [--repeats 11]
+       python -m benchmarks.planning returns FILE --task walker-walk --label "preset, 100,000 frames" [--episodes 10]
+       python -m benchmarks.planning table
+
+``time``: milliseconds for a step of acting, the ways to act taking turns. ``returns``: episodes of a model (a .zip of
+``model.save``) or policy (a file of ``policy.save``) with each way to act, from the same starts, appended to
+``planning_returns.csv``; ``table`` prints that file. Ways that are there already are not run again. Let nothing run beside
+``time``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from benchmarks.learning.ladder import TASKS
+from benchmarks.results import read_csv, write_csv
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.envs import make_dmc
+from sb3_dreamer_gpld.planning import Planner, PlannerConfig
+from sb3_dreamer_gpld.policies import DreamerPolicy
+
+RESULTS = Path(__file__).parent / "planning_returns.csv"
+ACTION_REPEAT = 2
+SEED = 20_000  # of the episodes' starts, which no run was trained or chosen on
+# What is compared: the policy net alone; TD-MPC2's planner; one of a twelfth of its candidates; that one, close to the policy
+# and looking further ahead
+PLANNERS: dict[str, dict[str, Any] | None] = {
+    "policy": None,
+    "TD-MPC2": {},
+    "small": dict(samples=128, policy_samples=12, elites=16, iterations=3),
+    "near": dict(samples=64, policy_samples=32, elites=8, iterations=2, max_std=0.5, horizon=6),
+}
+
+
+def policy_of(file: Path) -> DreamerPolicy:
+    """The policy of a model's or a policy's file."""
+    if zipfile.is_zipfile(file) and file.suffix == ".zip":
+        return DreamerGPLD.load(file, device="cpu").policy
+    return DreamerPolicy.load(file, device="cpu")
+
+
+def use(policy: DreamerPolicy, way: str) -> None:
+    """Let a policy act in one of the ways of :data:`PLANNERS`."""
+    settings = PLANNERS[way]
+    policy.planner = None if settings is None else Planner(PlannerConfig(**settings))
+
+
+def milliseconds(size: str, n_envs: int, ways: Sequence[str], repeats: int) -> dict[str, float]:
+    """Median time of a sampled step for each way to act, with untrained nets on walker-walk."""
+    env = make_vec_env(lambda: make_dmc("walker-walk", action_repeat=ACTION_REPEAT), n_envs=n_envs)
+    policy = DreamerGPLD("MultiInputPolicy", env, model_size=size, device="cpu", seed=0).policy
+    observation, starts = env.reset(), np.zeros(n_envs, bool)
+    states: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats + 1):  # the first is not counted
+        for way in ways:
+            use(policy, way)
+            start = time.perf_counter()
+            _, states[way] = policy.predict(observation, states.get(way), starts)
+            seconds[way].append(time.perf_counter() - start)
+    return {way: 1e3 * float(np.median(values[1:])) for way, values in seconds.items()}
+
+
+def returns(policy: DreamerPolicy, task: str, way: str, deterministic: bool, episodes: int) -> dict[str, float]:
+    """Mean and standard deviation of the returns of episodes, and the seconds of a step."""
+    use(policy, way)
+    th.manual_seed(SEED)
+    env, start = Monitor(make_dmc(task, action_repeat=ACTION_REPEAT, seed=SEED)), time.process_time()
+    found, steps = evaluate_policy(
+        policy, env, n_eval_episodes=episodes, deterministic=deterministic, return_episode_rewards=True
+    )
+    ms = 1e3 * (time.process_time() - start) / sum(steps)  # type: ignore[arg-type]
+    return {"return": float(np.mean(found)), "std": float(np.std(found)), "ms": ms}
+
+
+def run(file: Path, task: str, label: str, ways: Sequence[str], episodes: int) -> None:
+    """Every way that is missing, added to the results one by one."""
+    policy = policy_of(file)
+    for way in ways:
+        for deterministic in (True, False):
+            key = {
+                "task": task,
+                "model": label,
+                "way": way,
+                "actions": "most probable" if deterministic else "sampled",
+                "episodes": str(episodes),
+            }
+            rows: list[dict[str, Any]] = list(read_csv(RESULTS))
+            if not any(all(row[name] == value for name, value in key.items()) for row in rows):
+                write_csv(RESULTS, [*rows, {**key, **returns(policy, task, way, deterministic, episodes)}], 4)
+
+
+def table() -> Iterator[str]:
+    """Markdown: a row for each model, returns with most probable / sampled actions."""
+    rows = read_csv(RESULTS)
+    yield f"| task | model | {' | '.join(PLANNERS)} |"
+    yield "| --- " * (len(PLANNERS) + 2) + "|"
+    for task, model in dict.fromkeys((row["task"], row["model"]) for row in rows):
+        cells = []
+        for way in PLANNERS:
+            found = [row for row in rows if (row["task"], row["model"], row["way"]) == (task, model, way)]
+            cells.append(" / ".join(f"{float(row['return']):.0f}" for row in found))
+        yield f"| {task} | {model} | {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    timing = commands.add_parser("time", help="milliseconds for a step")
+    timing.add_argument("--size", default="1m")
+    timing.add_argument("--environments", type=int, nargs="+", default=[1, 16])
+    timing.add_argument("--repeats", type=int, default=11)
+    episodes = commands.add_parser("returns", help="episodes with each way to act")
+    episodes.add_argument("file", type=Path)
+    episodes.add_argument("--task", choices=TASKS, required=True)
+    episodes.add_argument("--label", required=True, help="what the model is called in the table")
+    episodes.add_argument("--episodes", type=int, default=10)
+    for command in (timing, episodes):
+        command.add_argument("--ways", nargs="+", choices=PLANNERS, default=list(PLANNERS))
+    commands.add_parser("table", help="print what was found")
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    if args.command == "time":
+        for n_envs in args.environments:
+            found = milliseconds(args.size, n_envs, args.ways, args.repeats)
+            print(f"{args.size}, {n_envs} environments: " + ", ".join(f"{way} {ms:.1f} ms" for way, ms in found.items()))
+    elif args.command == "returns":
+        run(args.file, args.task, args.label, args.ways, args.episodes)
+    else:
+        print("\n".join(table()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
