@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, dynamics_share, entropy_target, unknown_name
 from sb3_dreamer_gpld.planning import PlannerConfig
@@ -116,4 +117,31 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
         raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {algorithm.precision!r}")
     if algorithm.compile not in ("auto", True, False):
         raise ValueError(f"compile must be 'auto', True or False, not {algorithm.compile!r}")
+    algorithm.processes.share("batch_size", algorithm.batch_size)
     _ = algorithm.penalty  # checks the rest
+
+
+def check_processes(algorithm: DreamerGPLD) -> None:
+    """Look at what several processes that learn together cannot do.
+
+    :param algorithm: with its environments, one for each process
+    :raises ValueError: something differs between the processes, or could not be the same in all
+    """
+    processes = algorithm.processes
+    if algorithm.get_vec_normalize_env() is not None:
+        raise ValueError(
+            f"VecNormalize cannot be used in {processes.size} processes, since each would scale by statistics of its own; "
+            "allowed: environments without it (observations of any scale are compressed by symlog)"
+        )
+    train_freq = algorithm.train_freq
+    if isinstance(train_freq, TrainFreq) and train_freq.unit != TrainFrequencyUnit.STEP:
+        raise ValueError(
+            f"train_freq={train_freq.frequency} episodes cannot be used in {processes.size} processes, whose episodes end at "
+            "different times; allowed: a number of steps"
+        )
+    n_envs = algorithm.n_envs
+    if processes.sums([n_envs])[0] != n_envs * processes.size or processes.sums([n_envs**2])[0] != n_envs**2 * processes.size:
+        raise ValueError(
+            f"Process {processes.rank} has {n_envs} environments, and not every process as many; allowed: the same number in "
+            "each"
+        )

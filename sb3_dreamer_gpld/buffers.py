@@ -87,6 +87,8 @@ class SequenceReplayBuffer(ReplayBuffer):
     :raises ValueError: ``optimize_memory_usage`` is True, or ``batch_length`` is no whole number of at least 1
     """
 
+    process = (0, 1)  # number of the process that fills it, and of how many
+
     def __init__(
         self,
         buffer_size: int,

@@ -17,7 +17,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 
-from sb3_dreamer_gpld.arguments import check_arguments, naming_unknown, warn_without_gpu
+from sb3_dreamer_gpld import parallel
+from sb3_dreamer_gpld.arguments import check_arguments, check_processes, naming_unknown, warn_without_gpu
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.config import (
     ObservationSpec,
@@ -230,6 +231,9 @@ class DreamerGPLD(ResumableAlgorithm):
     # -------------------------------------------------------------------------------------------- set-up
 
     def _setup_model(self) -> None:
+        self.processes = parallel.current()
+        if not self.processes.is_first:
+            self.verbose, self.tensorboard_log = 0, None
         check_arguments(self)
         self._setup_lr_schedule()
         own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
@@ -255,7 +259,20 @@ class DreamerGPLD(ResumableAlgorithm):
         if self.exploration_noise and self.policy.action_spec.nvec is None:
             self._exploration = correlated_noise(self.exploration_noise, self.policy.action_spec.size, self.n_envs)
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
-        self.learner = self.learner_class(self.policy, self._learner_config())
+        self.learner = self.learner_class(self.policy, self._learner_config(), self.processes)
+        self._begin_together()
+
+    def _begin_together(self) -> None:
+        """Of several processes: the same nets, and random numbers of each one's own."""
+        if self.processes.size > 1:
+            check_processes(self)
+            self.processes.copy_from_first([*self.policy.state_dict().values()])
+            if not self.processes.is_first:
+                self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
+
+    def _own_seed(self, seed: int) -> int:
+        """The seed of this process, for one of all processes."""
+        return (seed + parallel.SEED_STRIDE * self.processes.rank) % 2**31
 
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
@@ -279,10 +296,11 @@ class DreamerGPLD(ResumableAlgorithm):
                     "deter": config.deter,
                     "stoch": config.stoch,
                     "classes": config.classes,
-                    "seed": self.seed,
+                    "seed": None if self.seed is None else self._own_seed(self.seed),
                     **self.replay_buffer_kwargs,
                 },
             )
+            self.replay_buffer.process = (self.processes.rank, self.processes.size)
 
     @property
     def penalty(self) -> PenaltyConfig:
@@ -330,6 +348,7 @@ class DreamerGPLD(ResumableAlgorithm):
         if self._state is None:
             self._state = self.policy.initial_state(n_envs)
         assert self._last_obs is not None and self._last_episode_starts is not None
+        self.num_timesteps += n_envs * (self.processes.size - 1)  # those of the other processes; SB3 adds its own
         observation, _ = self.policy.obs_to_tensor(self._last_obs)
         is_first = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device)
         self._state = self.policy.act(observation, self._state, is_first, planned=self.plan_in_training)
@@ -358,7 +377,8 @@ class DreamerGPLD(ResumableAlgorithm):
             self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-2).cpu().numpy()
         )
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self.num_frames += sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
+        frames = sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
+        self.num_frames += frames * self.processes.size
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
 
     # ------------------------------------------------------------------------------------------- learning
@@ -376,8 +396,8 @@ class DreamerGPLD(ResumableAlgorithm):
 
         The loop is that of ``OffPolicyAlgorithm``, but for the number of updates: see ``train_ratio``.
 
-        :param total_timesteps: environment steps, over all environments
-        :param callback: called at every step
+        :param total_timesteps: environment steps, over all environments of all processes
+        :param callback: called at every step; of several processes by the first one alone
         :param log_interval: episodes between two logs; None: none
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: start counting afresh, and reset the environment
@@ -385,6 +405,9 @@ class DreamerGPLD(ResumableAlgorithm):
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
+        if not self.processes.is_first:
+            callback, progress_bar = None, False
+        self._saved = []  # what was saved between two runs, all processes have saved
         with naming_environments(self):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -413,8 +436,10 @@ class DreamerGPLD(ResumableAlgorithm):
                     replay_buffer=self.replay_buffer,
                     log_interval=log_interval,
                 )
-            if not rollout.continue_training:
-                self._keep_last_step(callback, rollout.episode_timesteps)
+            if not self._all_go_on(rollout.continue_training):
+                if not rollout.continue_training:
+                    self._keep_last_step(callback)
+                self._keep_due_updates(rollout.episode_timesteps)
                 break
             updates = self._due_updates(rollout.episode_timesteps)
             if updates > 0:
@@ -423,15 +448,25 @@ class DreamerGPLD(ResumableAlgorithm):
                 self._update_seconds += time.perf_counter() - start
                 tell(pace.after(updates, self.num_timesteps), callback, self.verbose)
         callback.on_training_end()
+        self._all_go_on(True)  # the others save what the callbacks have saved
         return self
 
-    def _keep_last_step(self, callback: BaseCallback, steps: int) -> None:
+    def _all_go_on(self, continue_training: bool) -> bool:
+        """Whether no process was stopped by its callbacks. What the first one has saved, the others save their share of."""
+        if self.processes.size == 1:
+            return continue_training
+        saved, self._saved = self._saved, []
+        stopped, n_saved = self.processes.sums([not continue_training, len(saved)])
+        if n_saved:
+            self._save_shares(self.processes.told_by_first(saved))
+        return not stopped
+
+    def _keep_last_step(self, callback: BaseCallback) -> None:
         """Store the step at which a callback stopped; SB3 drops it, though environment and recurrent state have moved on.
 
-        Episodes that it ended are counted, and the updates that are due are made when the run goes on.
+        Episodes that it ended are counted.
 
         :param callback: has the variables of the loop that it stopped
-        :param steps: collected since the last updates
         """
         step = callback.locals
         self._update_info_buffer(step["infos"], step["dones"])
@@ -442,13 +477,25 @@ class DreamerGPLD(ResumableAlgorithm):
             self._episode_num += 1
             if step["action_noise"] is not None:
                 step["action_noise"].reset(**({"indices": [index]} if self.n_envs > 1 else {}))
+
+    def _keep_due_updates(self, steps: int) -> None:
+        """The updates that are due after ``steps`` environment steps are made when the run goes on."""
         if self.gradient_steps is None:
             updates = self._due_updates(steps)
             self.update_ratio.credit += updates * self.batch_size * self.batch_length
 
     def _resume(self, reset_num_timesteps: bool) -> None:
-        """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
+        """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing.
+
+        :raises FileNotFoundError: of several processes, this one's share of the model is missing
+        """
         if not reset_num_timesteps:
+            if self._missing_share is not None:
+                raise FileNotFoundError(
+                    f"{self._missing_share} is missing, the share of process {self.processes.rank} of {self.processes.size} "
+                    "in the model that it should go on from; allowed: as many processes as the run was saved with, and the "
+                    "files of all of them"
+                )
             if self._rng_states is not None:
                 restore_rng(self._rng_states, self.device)
             assert self.replay_buffer is not None
@@ -484,11 +531,11 @@ class DreamerGPLD(ResumableAlgorithm):
             if self.num_timesteps <= self.learning_starts:
                 return 0
             return self.gradient_steps if self.gradient_steps >= 0 else steps
-        capacity = self.replay_buffer.buffer_size  # rows of one environment
-        stored = int(self.replay_buffer.stored_rows().sum())
-        if stored <= min(self.learning_starts, capacity * self.n_envs - 1) or not self.replay_buffer.has_window():
+        capacity = self.replay_buffer.buffer_size * self.n_envs * self.processes.size  # rows of all environments
+        stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
+        if stored <= min(self.learning_starts, capacity - 1) or ready < self.processes.size:
             return 0
-        return self.update_ratio.due(steps, self.train_ratio, self.batch_size * self.batch_length)
+        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, self.batch_size * self.batch_length)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Make updates from replayed windows.
@@ -506,7 +553,7 @@ class DreamerGPLD(ResumableAlgorithm):
         learner.faults.clear()
         rates = [schedule(self._current_progress_remaining) for schedule in self._lr_schedules]
         for _ in range(gradient_steps):
-            samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            samples = self.replay_buffer.sample(self.processes.share("batch_size", batch_size), env=self._vec_normalize_env)
             batch = self.policy.to_batch(samples)
             states = learner.update(batch, learner.draw(*batch.rewards.shape), self._n_updates, rates)
             self._n_updates += 1

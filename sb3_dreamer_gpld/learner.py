@@ -23,6 +23,7 @@ from sb3_dreamer_gpld.nets.gpld import penalty_weight
 from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, PenaltyWeights, Term, WorldModelDraws
 from sb3_dreamer_gpld.optim import LaProp
+from sb3_dreamer_gpld.parallel import ALONE, Processes
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
 
@@ -78,10 +79,12 @@ class Learner:
 
     :param policy: nets and optimiser
     :param config: what its updates have in common; may be replaced between two updates
+    :param processes: that each make an update of their own batch, and take the mean of all
     """
 
-    def __init__(self, policy: DreamerPolicy, config: LearnerConfig) -> None:
-        self.policy, self.config = policy, config
+    def __init__(self, policy: DreamerPolicy, config: LearnerConfig, processes: Processes = ALONE) -> None:
+        self.policy, self.config, self.processes = policy, config, processes
+        policy.actor_critic.gather = processes.gather
         self.execution = Execution(policy)
         self.metrics = MetricMeans()
         self.faults = FiniteGuard()
@@ -115,8 +118,9 @@ class Learner:
         policy.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         grads = [p.grad for p in policy.parameters() if p.grad is not None]
-        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
         means = {name: mean(term.value.detach()) for name, term in result.terms.items()}
+        self.processes.average_([*grads, *means.values(), *result.metrics.values(), result.total.detach()])
+        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
         fault = self.faults.check(number, {**means, "the gradient": grad_norm})
         for grad in grads:
             grad.masked_fill_(fault, 0.0)

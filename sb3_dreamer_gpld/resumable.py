@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch as th
@@ -14,10 +15,24 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+from sb3_dreamer_gpld.parallel import ALONE, Processes
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ResumableAlgorithm")
+
+
+def share_of(path: Any, suffix: str, processes: Processes, own_suffix: str | None = None) -> Any:
+    """Where a process saves its share: "model.zip" → "model.rank1.pt"; the first process's is the path itself.
+
+    :param path: of the first process; an open file is handed through
+    :param suffix: that it gets if it has none, without the dot
+    :param own_suffix: of the share; None: the same
+    """
+    if processes.is_first or isinstance(path, io.BufferedIOBase):
+        return path
+    path = Path(path) if Path(path).suffix else Path(f"{path}.{suffix}")
+    return path.with_name(f"{path.stem}.rank{processes.rank}.{own_suffix or path.suffix[1:]}")
 
 
 class ResumableAlgorithm(OffPolicyAlgorithm):
@@ -27,11 +42,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     replay_buffer: SequenceReplayBuffer | None
     model_size: str | None
     actor_learning_rate: Any
+    processes: Processes = ALONE  # that learn together, of which the first one saves the model, and all save what is their own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.format_version = FORMAT_VERSION
         self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
+        self._missing_share: Path | None = None  # of a loaded run: this process's file, if it is not there
+        self._saved: list[tuple[str, Any]] = []  # by the first process, and not yet by the others: method and path
 
     def save(
         self,
@@ -46,6 +64,9 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param include: attributes to keep that are usually left out
         :raises OSError: it could not be written; names the file. One that was there before is unchanged
         """
+        if not self.processes.is_first:
+            return self._save_share(path)
+        self._tell_the_others("save", path)
         before = dict(self.__dict__)
         self.__dict__.update(self._run_state())
         try:
@@ -58,6 +79,44 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def _run_state(self) -> dict[str, Any]:
         """Attributes that are made for the file alone."""
         return {"_rng_states": rng_states(self.device)}
+
+    def _save_share(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """What a process other than the first adds to a saved model: the states of its random generators."""
+        if not isinstance(path, io.BufferedIOBase):
+            with atomic_file(share_of(path, "zip", self.processes, "pt")) as file:
+                th.save({"num_timesteps": self.num_timesteps, **self._run_state()}, file)
+
+    def _tell_the_others(self, method: str, path: Any) -> None:
+        """Remember to tell the other processes of a method that only the first one has called, in a callback."""
+        if self.processes.size > 1:
+            self._saved.append((method, path))
+
+    def _save_shares(self, saved: Iterable[tuple[str, Any]]) -> None:
+        """Save what belongs to what the first process has saved.
+
+        :param saved: method and path of each
+        """
+        if not self.processes.is_first:
+            for method, path in saved:
+                getattr(self, method)(path)
+
+    def _load_share(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+        """Take over what :meth:`_save_share` wrote.
+
+        :raises ValueError: it was saved at another step than the model
+        """
+        if self.processes.is_first or isinstance(path, io.BufferedIOBase):
+            return
+        share = share_of(path, "zip", self.processes, "pt")
+        self._rng_states, self._missing_share = None, None if share.is_file() else share
+        if self._missing_share is None:
+            state = th.load(share, weights_only=False)
+            if state["num_timesteps"] != self.num_timesteps:
+                raise ValueError(
+                    f"{share} was saved after {state['num_timesteps']} steps, and the model that it belongs to after "
+                    f"{self.num_timesteps}: the run was stopped between the two. Use an earlier checkpoint"
+                )
+            self._rng_states = state["_rng_states"]
 
     @classmethod
     def load(
@@ -80,7 +139,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises RuntimeError: nets of another size are asked for than those of the file
         """
         check_model_file(path)
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
+        model._load_share(path)
+        return model
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share"]
 
     def set_parameters(
         self,
@@ -126,12 +190,13 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.policy.load_state_dict(tensors, strict=False)
 
     def save_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
-        """Save the replay buffer, as far as it is filled.
+        """Save the replay buffer, as far as it is filled. Of several processes each saves its own, under names that differ.
 
         :param path: name of the file, which appears when it is complete; ".pkl" is added
         :raises OSError: it could not be written; names the file. One that was there before is unchanged
         """
-        with atomic_file(path, "pkl") as file:
+        self._tell_the_others("save_replay_buffer", path)
+        with atomic_file(share_of(path, "pkl", self.processes), "pkl") as file:
             super().save_replay_buffer(file)  # type: ignore[arg-type]
 
     def load_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
@@ -140,8 +205,15 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param path: a file of :meth:`save_replay_buffer`
         :param truncate_last_traj: for SB3's HER buffer; without effect here
         :raises ValueError: it is truncated, or of another number of environments, other spaces or other sizes of the
-            recurrent state; the present buffer is kept
+            recurrent state, or of another process or number of processes; the present buffer is kept
+        :raises FileNotFoundError: there is no such file
         """
+        path = share_of(path, "pkl", self.processes)
+        if not self.processes.is_first and not Path(path).is_file():  # type: ignore[arg-type]
+            raise FileNotFoundError(
+                f"{path} is missing, the replay buffer of process {self.processes.rank} of {self.processes.size}; allowed: as "
+                "many processes as the run was saved with, and the files of all of them"
+            )
         present = self.replay_buffer
         try:
             super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
@@ -158,6 +230,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             ("number of environments", loaded.n_envs, self.n_envs),
             ("deter", loaded.deter_size, config.deter),
             ("stoch", loaded.stoch_size, config.stoch),
+            ("process (number, of how many)", loaded.process, (self.processes.rank, self.processes.size)),
         ):
             if its != ours:
                 raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")

@@ -260,9 +260,9 @@ def test_deterministic_predict_draws_nothing() -> None:
 def test_evaluation_leaves_the_collecting_state_alone() -> None:
     model = tiny("Pendulum-v1").learn(50)
     assert model._state is not None
-    before = [x.clone() for x in model._state]
+    before = [x.clone() for x in model._state.parts]
     model.predict(np.ones((5, 3), dtype=np.float32), deterministic=True)
-    for a, b in zip(before, model._state, strict=True):
+    for a, b in zip(before, model._state.parts, strict=True):
         assert th.equal(a, b)
 
 

@@ -12,7 +12,7 @@ Algorithms and Applications" (2018, Sec. 5), of which it takes the idea.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -98,6 +98,8 @@ class ActorCritic(SteppedModule):
     bins: Tensor
     percentiles: Tensor
     ent_coef_rise: Tensor
+    # The numbers (n, ...) of all processes that learn together, (P·n, ...)
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
 
     def __init__(self, actions: ActionSpec, config: ModelConfig) -> None:
         super().__init__()
@@ -144,13 +146,13 @@ class ActorCritic(SteppedModule):
         reward, cont, value, slow_value = rollouts.reward, rollouts.cont, rollouts.value, rollouts.slow_value
         returns = imagined_returns(reward, cont, value, objective.return_lambda)  # (H, N)
         weight = cont.detach().cumprod(0)[:-1]  # (H, N), the start's own continuation included
-        percentiles = self.updated_percentiles(returns.detach())
+        percentiles = self.updated_percentiles(self.gather(returns.detach()))
         scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)
         advantage = (returns - value[:-1]) / scale  # (H, N)
 
         log_prob, entropy = self.distribution.log_prob_and_entropy(rollouts.outputs, rollouts.actions)  # (H, N)
         gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()
-        rise = self._updated_ent_coef_rise(entropy.detach(), objective.target_entropy)
+        rise = self._updated_ent_coef_rise(self.gather(entropy.detach().mean(0)), objective.target_entropy)
         ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
         policy_loss = -weight * (gain + ent_coef * entropy)
         returns, slow_value, advantage = returns.detach(), slow_value.detach(), advantage.detach()
@@ -309,7 +311,7 @@ class ActorCritic(SteppedModule):
         One that may sink first comes too late: with gradients through the dynamics the entropy falls within hundreds of
         updates.
 
-        :param entropy: of the policy along the rollouts, (H, N)
+        :param entropy: of the policy, mean over each rollout, (N,)
         :param target: in nats; None: the coefficient stays
         :return: scalar
         """
