@@ -264,7 +264,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _begin_together(self) -> None:
         """Of several processes: the same nets, and random numbers of each one's own."""
-        if self.processes.size > 1:
+        if self.processes.size > 1 and self.device.type != "meta":  # where hyperparameters are only looked at
             check_processes(self)
             self.processes.copy_from_first([*self.policy.state_dict().values()])
             if not self.processes.is_first:
@@ -406,7 +406,8 @@ class DreamerGPLD(ResumableAlgorithm):
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         """
         if not self.processes.is_first:
-            callback, progress_bar = None, False
+            given: list[Any] = callback if isinstance(callback, list) else [callback]
+            callback, progress_bar = [each for each in given if getattr(each, "in_all_processes", False)], False
         self._saved = []  # what was saved between two runs, all processes have saved
         with naming_environments(self):
             total_timesteps, callback = self._setup_learn(

@@ -15,7 +15,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
-from sb3_dreamer_gpld.parallel import ALONE, Processes
+from sb3_dreamer_gpld.parallel import ALONE, Processes, current
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
 
@@ -33,6 +33,20 @@ def share_of(path: Any, suffix: str, processes: Processes, own_suffix: str | Non
         return path
     path = Path(path) if Path(path).suffix else Path(f"{path}.{suffix}")
     return path.with_name(f"{path.stem}.rank{processes.rank}.{own_suffix or path.suffix[1:]}")
+
+
+def _saved_runs(folder: Path) -> list[Path]:
+    """Model files of :meth:`ResumableAlgorithm.save_run`."""
+    return [file for file in folder.glob("run_*_steps.zip") if file.stem[4:-6].isdigit()]
+
+
+def _steps_of_run(file: Path) -> int:
+    return int(file.stem[4:-6])
+
+
+def _files_of_run(file: Path, processes: Processes) -> list[Path]:
+    """What a process has saved of a run."""
+    return [share_of(file.with_suffix(".pkl"), "pkl", processes), share_of(file, "zip", processes, "pt")]
 
 
 class ResumableAlgorithm(OffPolicyAlgorithm):
@@ -142,6 +156,58 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
         model._load_share(path)
         return model
+
+    def save_run(self, folder: str | os.PathLike[str]) -> Path:
+        """Save model and replay buffer for :meth:`load_run`, and then remove what it saved before. Of several processes all
+        call it.
+
+        :param folder: of the run, which is made if it is not there
+        :return: the model's file
+        :raises OSError: it could not be written; what was saved before is still there
+        """
+        folder, told = Path(folder), list(self._saved)
+        if self.processes.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.processes.sums([0.0])  # nobody writes before the folder is there
+        file = folder / f"run_{self.num_timesteps}_steps.zip"
+        self.save_replay_buffer(file.with_suffix(".pkl"))
+        self.save(file)
+        self._saved = told
+        self.processes.sums([0.0])  # nobody removes before all files are there
+        for other in _saved_runs(folder):
+            if other != file:
+                for part in _files_of_run(other, self.processes):
+                    part.unlink(missing_ok=True)
+        return file
+
+    @classmethod
+    def load_run(
+        cls: type[SelfAlgorithm], folder: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any
+    ) -> SelfAlgorithm | None:
+        """Load what :meth:`save_run` has saved; ``learn(..., reset_num_timesteps=False)`` goes on.
+
+        :param folder: of the run
+        :param env: its environments
+        :param device: of the nets
+        :param kwargs: further arguments of :meth:`load`
+        :return: None: nothing was saved there
+        :raises FileNotFoundError: of several processes, the files of one are missing
+        :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`
+        """
+        processes, missing = current(), None
+        for file in sorted(_saved_runs(Path(folder)), key=_steps_of_run, reverse=True):
+            absent = [part for part in _files_of_run(file, processes) if not part.is_file()]
+            missing = missing or (absent[0] if absent else None)
+            if processes.sums([len(absent)])[0] == 0:
+                model = cls.load(file, env, device, **kwargs)
+                model.load_replay_buffer(file.with_suffix(".pkl"))
+                return model
+        if processes.sums([missing is not None])[0]:
+            raise FileNotFoundError(
+                f"{folder} has no saved run with the files of all {processes.size} processes; {missing or 'those of another'} "
+                "is missing. Allowed: as many processes as the run was saved with"
+            )
+        return None
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share"]

@@ -37,14 +37,27 @@ from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prep
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
 
+TRAIN_OPTIONS = """Options of dreamer-gpld, beside those of rl_zoo3 below:
+  --save-run STEPS      save the whole run, model and replay buffer, every STEPS environment steps
+  --run-folder FOLDER   folder of the run; one that was saved there goes on
+"""
+
 
 def _train(args: list[str], command: str = "train") -> None:
     register()
     from rl_zoo3.train import train
 
-    if not asks_for_help(args):
+    from sb3_dreamer_gpld.zoo.runs import goes_on
+
+    folder, args = take(args, "--run-folder")
+    every, args = take(args, "--save-run", type=int)
+    if asks_for_help(args):
+        print(TRAIN_OPTIONS)
+    else:
         args = _prepare_training(args)
-    with given_arguments(command, args):
+        if every is not None and every < 1:
+            fail(f"--save-run {every}: allowed are whole numbers of steps, at least 1")
+    with given_arguments(command, args), goes_on(folder, every):
         train()
 
 

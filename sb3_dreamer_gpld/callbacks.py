@@ -1,0 +1,56 @@
+"""Callbacks for :meth:`DreamerGPLD.learn`; those that measure the world model are in :mod:`sb3_dreamer_gpld.diagnostics`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.resumable import ResumableAlgorithm
+
+
+class SaveRunCallback(BaseCallback):
+    """Saves the whole run from time to time, model and replay buffer, to go on where it was stopped or killed::
+
+        folder, steps = "runs/pendulum", 12_000
+        model = DreamerGPLD.load_run(folder, env) or DreamerGPLD("MlpPolicy", env, **preset("cpu"))
+        callback = SaveRunCallback(folder, every=2000)
+        model.learn(steps - model.num_timesteps, callback=callback, reset_num_timesteps=False)
+
+    It saves when an episode has ended in all environments, from where a run goes on exactly, or ``every`` steps later than it
+    wanted to. The files of the time before are removed when the new ones are complete. Of several processes each saves its
+    share.
+
+    :param folder: of the run, which is made if it is not there
+    :param every: environment steps
+    :param verbose: 1: print what was saved
+    :raises ValueError: ``every`` is no whole number of at least 1
+    """
+
+    in_all_processes = True  # that learn together
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.folder, self.every = Path(folder), check_int("every", every, 1)
+        self._due = 0
+
+    def _on_training_start(self) -> None:
+        self._due = self.num_timesteps + self.every
+
+    def _on_rollout_start(self) -> None:
+        """Here all that came before is stored and learned from."""
+        model = self.model
+        if model.num_timesteps < self._due:
+            return
+        assert isinstance(model, ResumableAlgorithm) and model._last_episode_starts is not None
+        between = model.processes.sums([float(model._last_episode_starts.all())])[0] == model.processes.size
+        if between or model.num_timesteps >= self._due + self.every:
+            file = model.save_run(self.folder)
+            self._due = model.num_timesteps + self.every
+            if self.verbose >= 1 and model.processes.is_first:
+                print(f"Saved the run as {file}")
+
+    def _on_step(self) -> bool:
+        return True

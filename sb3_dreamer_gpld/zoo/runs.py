@@ -1,0 +1,124 @@
+"""Runs of rl_zoo3 that go on where they were stopped, and runs of several processes that torchrun has started.
+
+Import it after :func:`~sb3_dreamer_gpld.zoo.register.register`, which says what is missing if rl_zoo3 is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import rl_zoo3.train
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.callbacks import EvalCallback
+
+from sb3_dreamer_gpld import parallel
+from sb3_dreamer_gpld.callbacks import SaveRunCallback
+from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+
+
+class Experiment(ExperimentManager):
+    """Inside rl_zoo3: a run, which may be in a folder of its own choice, and one of several processes.
+
+    Each process has its share of the environments; the first one logs, evaluates and saves, but for the others' shares.
+
+    :param folder: of the run, where a saved one goes on; None: a new one, as rl_zoo3 chooses it
+    :param every: environment steps between two times that the run is saved; None: it is not saved before its end
+    """
+
+    def __init__(self, *args: Any, folder: str | None, every: int | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.processes = parallel.current()
+        self.folder, self.every = folder, every
+        self.save_path = self.processes.told_by_first(folder or self.save_path)
+        self.params_path = f"{self.save_path}/{self.env_name}"
+        self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
+        self.done = 0  # steps that the run had made when it was saved
+        if not self.processes.is_first:
+            self.verbose, self.tensorboard_log = 0, None
+
+    def setup_experiment(self) -> tuple[Any, dict[str, Any]] | None:
+        if self.folder is not None and any(Path(self.folder).glob("run_*_steps.zip")):
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+        found = super().setup_experiment()
+        if self.folder is None or found is None:
+            return found
+        fresh, hyperparams = found
+        assert fresh.env is not None
+        to_log = {"tensorboard_log": self.tensorboard_log, "verbose": self.verbose}
+        model = DreamerGPLD.load_run(self.folder, fresh.env, self.device, **to_log)
+        if model is None:
+            return fresh, hyperparams
+        print(f"Going on after {model.num_timesteps} steps")
+        self.done = model.num_timesteps
+        for callback in self.callbacks:
+            if isinstance(callback, EvalCallback):
+                restore_evaluations(callback, self.done)
+        return model, hyperparams
+
+    def learn(self, model: Any) -> None:
+        if not self.done:
+            return super().learn(model)
+        self.n_timesteps -= self.done
+        if self.n_timesteps <= 0:
+            return print(f"Nothing to do: the run has made its {self.done} steps")
+        going_on = functools.partialmethod(DreamerGPLD.learn, reset_num_timesteps=False)
+        with mock.patch.object(DreamerGPLD, "learn", going_on):
+            super().learn(model)
+
+    def create_log_folder(self) -> None:
+        if self.processes.is_first:
+            super().create_log_folder()
+        self.processes.sums([0.0])  # nobody goes on before it is there
+
+    def create_callbacks(self) -> None:
+        if self.processes.is_first:
+            super().create_callbacks()
+        else:
+            self.callbacks = []
+        if self.every is not None:
+            self.callbacks.append(SaveRunCallback(self.save_path, self.every))
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
+        if not eval_env:
+            n_envs = self.processes.share("n_envs", n_envs)
+        return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.processes.is_first:
+            super()._save_config(saved_hyperparams)
+
+
+@contextlib.contextmanager
+def goes_on(folder: str | None, every: int | None) -> Iterator[None]:
+    """Within, the training script of rl_zoo3 makes an :class:`Experiment`; arguments as there."""
+    first = parallel.current().is_first
+    silent = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
+    experiment = functools.partial(Experiment, folder=folder, every=every)
+    with mock.patch.object(rl_zoo3.train, "ExperimentManager", experiment), silent:
+        yield
+
+
+def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
+    """Give a callback the evaluations that a run made before it was stopped; SB3 writes the file anew each time.
+
+    :param callback: of the run that goes on
+    :param num_timesteps: from where; later evaluations are made again
+    """
+    file = callback.log_path and f"{callback.log_path}.npz"
+    if not file or not os.path.isfile(file):
+        return
+    log = np.load(file)
+    kept = log["timesteps"] <= num_timesteps
+    if kept.any():
+        callback.evaluations_timesteps = log["timesteps"][kept].tolist()
+        callback.evaluations_results = log["results"][kept].tolist()
+        callback.evaluations_length = log["ep_lengths"][kept].tolist()
+        callback.best_mean_reward = float(log["results"][kept].mean(1).max())
