@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dmc,zoo,extra,onnx,docs,dev
+EXTRAS := dmc,zoo,extra,onnx,ray,docs,dev
 
 # The test processes share the cores, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import register_dm_control
 from sb3_dreamer_gpld.trained import find_agent
-from sb3_dreamer_gpld.zoo import enjoy
+from sb3_dreamer_gpld.zoo import enjoy, sweep
 from sb3_dreamer_gpld.zoo.arguments import (
     NAME,
     asks_for_help,
@@ -243,6 +243,7 @@ COMMANDS: dict[str, Command] = {
     "enjoy": Command(_enjoy, "show a trained agent, and its returns; --trained AGENT: one that comes with the repository"),
     "record-video": Command(_record_video, "record a trained agent as mp4"),
     "optimize": Command(_optimize, "search hyperparameters with Optuna"),
+    "sweep": Command(sweep.main, "train many agents with Ray: tasks, seeds and settings, on this machine or a cluster"),
     "plot": Command(_plot, "draw learning curves, and the aggregate over tasks, as PNG"),
     "diagnose": Command(_diagnose, "measure a world model's smoothness and its open-loop errors"),
     "push-to-hub": Command(_push_to_hub, "upload a trained agent to the Hugging Face hub, or only make the files"),

@@ -43,8 +43,8 @@ class Style(NamedTuple):
     :param reps: bootstrap samples
     """
 
-    size: float
-    reps: int
+    size: float = 0.95
+    reps: int = 2000
 
 
 Runs = dict[str, dict[str, list[Run]]]  # by task and label
@@ -86,9 +86,17 @@ def main(name: str) -> None:
             f"{', '.join(sorted(runs)) or 'none'}). Train with --eval-freq, or name other folders with -f"
         )
     runs = {task: runs[task] for task in wanted or sorted(runs)}
-    output = Path(options.output)
+    draw(runs, Path(options.output), Style(options.ci_size, options.reps))
+
+
+def draw(runs: Runs, output: Path, style: Style) -> None:
+    """Draw a picture for each task, and the aggregate.
+
+    :param runs: as :func:`read_runs` gives them
+    :param output: folder, which is made if it is not there
+    :param style: of the intervals
+    """
     output.mkdir(parents=True, exist_ok=True)
-    style = Style(options.ci_size, options.reps)
     for task, by_label in runs.items():
         _draw_task(task, by_label, style, output / f"{task}.png")
     _draw_aggregate(runs, style, output / "aggregate.png")

@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import numpy as np
@@ -22,6 +22,12 @@ from stable_baselines3.common.callbacks import EvalCallback
 from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.callbacks import SaveRunCallback
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.zoo.arguments import fail
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Experiment(ExperimentManager):
@@ -37,6 +43,8 @@ class Experiment(ExperimentManager):
         super().__init__(*args, **kwargs)
         self.processes = parallel.current()
         self.folder, self.every = folder, every
+        if folder is not None and self.processes.is_first:
+            self._lock = lock(Path(folder))
         self.save_path = self.processes.told_by_first(folder or self.save_path)
         self.params_path = f"{self.save_path}/{self.env_name}"
         self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
@@ -94,6 +102,24 @@ class Experiment(ExperimentManager):
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.processes.is_first:
             super()._save_config(saved_hyperparams)
+
+
+def lock(folder: Path) -> IO[str] | None:
+    """Keep other processes out of a run's folder while this one lives.
+
+    :param folder: which is made if it is not there
+    :return: what must be kept; None where the system has no such locks
+    :raises SystemExit: another process makes that run
+    """
+    if fcntl is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"--run-folder {folder}: another process makes this run now")
+    return file
 
 
 @contextlib.contextmanager

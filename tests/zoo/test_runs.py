@@ -1,0 +1,229 @@
+"""Runs that go on: in one process, in two, killed, and many of them in a sweep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rl_zoo3")
+
+from stable_baselines3.common.callbacks import EvalCallback  # noqa: E402
+from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
+
+from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
+from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
+from sb3_dreamer_gpld.zoo.runs import lock, restore_evaluations  # noqa: E402
+from sb3_dreamer_gpld.zoo.sweep import SweepRun  # noqa: E402
+
+SETTINGS: dict[str, Any] = dict(
+    policy="sb3_dreamer_gpld.policies.DreamerPolicy",
+    model_size="debug",
+    batch_size=4,
+    batch_length=8,
+    learning_starts=64,
+    train_ratio=8,
+    compile=False,
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "settings.yml"
+    file.write_text(yaml.safe_dump({"default": {"n_timesteps": 600, **SETTINGS}}))
+    return file
+
+
+def zoo(*words: str) -> list[str]:
+    return [sys.executable, "-m", "sb3_dreamer_gpld.zoo", *words]
+
+
+def finish(command: list[str], folder: Path, **options: Any) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def kill_when(command: list[str], folder: Path, there: Callable[[], bool], pattern: str) -> None:
+    """Start a command, and kill it (or its child that ``pattern`` finds, if it is not "") once something is there."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not there() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    assert there() and process.poll() is None, "it ended before it could be killed"
+    killed = process.pid
+    if pattern:
+        children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", pattern], capture_output=True, text=True, check=True)
+        killed = int(children.stdout.split()[-1])
+    os.kill(killed, signal.SIGKILL)
+    assert process.wait(60) != 0
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+def test_a_run_is_saved_from_time_to_time_and_goes_on(tmp_path: Path) -> None:
+    env = RandomSpaces(BOX, BOX)  # episodes of 10 steps
+    assert DreamerGPLD.load_run(tmp_path / "run", env) is None
+    model = tiny(env).learn(47, callback=SaveRunCallback(tmp_path / "run", every=15))
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert files == ["run_40_steps.pkl", "run_40_steps.zip"]  # at the ends of episodes after 15 and 35 steps
+    loaded = DreamerGPLD.load_run(tmp_path / "run", env, device="cpu")
+    assert loaded is not None and loaded.num_timesteps == 40 and loaded._n_updates < model._n_updates + 1
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 44  # and four last observations
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 60
+
+
+def test_a_run_without_its_buffer_is_not_begun_anew(tmp_path: Path) -> None:
+    env = RandomSpaces(BOX, BOX)
+    tiny(env).learn(10).save_run(tmp_path)
+    (tmp_path / "run_10_steps.pkl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run_10_steps.pkl is missing"):
+        DreamerGPLD.load_run(tmp_path, env)
+
+
+def test_the_evaluations_before_are_kept(tmp_path: Path) -> None:
+    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path))
+    restore_evaluations(callback, 100)
+    assert callback.evaluations_timesteps == []
+    results = np.array([[1.0, 2.0], [5.0, 6.0], [9.0, 9.0]])
+    np.savez(tmp_path / "evaluations.npz", timesteps=[10, 20, 30], results=results, ep_lengths=[[3, 4]] * 3)
+    restore_evaluations(callback, 25)
+    assert callback.evaluations_timesteps == [10, 20] and callback.best_mean_reward == 5.5
+    assert callback.evaluations_results == [[1.0, 2.0], [5.0, 6.0]]
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path: Path) -> None:
+    held = lock(tmp_path / "run")
+    with pytest.raises(SystemExit, match="another process makes this run now"):
+        lock(tmp_path / "run")
+    assert held is not None
+    held.close()
+    lock(tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path, config: Path) -> None:
+    command = zoo("train", "--env", "Pendulum-v1", "-conf", str(config), "--eval-freq", "200", "--eval-episodes", "1")
+    command += ["--save-run", "200", "--run-folder", "run"]
+    run = tmp_path / "run"
+    kill_when(command, tmp_path, lambda: (run / "run_400_steps.zip").is_file(), "")
+    assert "Going on after 400 steps" in finish(command, tmp_path)
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [200, 400, 600]
+    assert DreamerGPLD.load(run / "Pendulum-v1.zip").num_timesteps == 600
+    assert sum(int(line.split(",")[1]) for line in (run / "0.monitor.csv").read_text().splitlines()[2:]) >= 600
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.long
+def test_a_run_of_two_processes_goes_on_when_one_was_killed(tmp_path: Path, config: Path) -> None:
+    pytest.importorskip("dm_control")
+    entry = {**SETTINGS, "n_timesteps": 3000, "n_envs": 2, "train_ratio": 4}
+    config.write_text(yaml.safe_dump({"default": entry}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "sb3_dreamer_gpld.zoo", "train", "--env", "dm_control/cartpole-balance-v0", "-conf", str(config)]
+    command += ["--eval-freq", "-1", "--save-run", "1000", "--run-folder", "run"]
+    run = tmp_path / "run"
+    kill_when(command, tmp_path, lambda: (run / "run_2000_steps.zip").is_file(), "sb3_dreamer_gpld.zoo")
+    assert "Going on after 2000 steps" in finish(command, tmp_path)
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "dm_control-cartpole-balance-v0.zip",
+        "dm_control-cartpole-balance-v0.rank1.pt",
+        "run_2000_steps.rank1.pkl",
+    } <= names
+    assert DreamerGPLD.load(run / "dm_control-cartpole-balance-v0.zip").num_timesteps == 3000
+
+
+# ------------------------------------------------------------------------------------------------------------ sweep
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("0-3", [0, 1, 2, 3]), ("5, 1-2,2", [5, 1, 2])])
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert sweep.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--seeds", "4-1"], "--seeds 4-1: allowed are numbers and ranges"),
+        (["--seeds", "a"], "--seeds a: allowed"),
+        (["--arms", "gpdl"], "the arm 'gpdl' does not exist. Did you mean 'gpld'"),
+        (["--arms-file", "none.yml"], "none.yml"),
+        (["--tasks", "Pendulum-v7"], "Pendulum-v7"),
+        (["--save-run", "0"], "--save-run 0: allowed are whole numbers of at least 1"),
+        (["--arms-file", "arms.yml", "--arms", "wrong"], "arm wrong: gama"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(
+    words: list[str],
+    text: str,
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    Path("arms.yml").write_text("wrong: {gama: 0.9}\n")
+    with pytest.raises(SystemExit) as error:
+        sweep.main(["--tasks", "Pendulum-v1", "-conf", str(config), *words])
+    assert text in str(error.value) + capsys.readouterr().err
+    assert not Path("sweep").exists()
+
+
+def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r'a sweep needs Ray: pip install "sb3-dreamer-gpld\[ray\]"'):
+        sweep.main(["--tasks", "Pendulum-v1", "-conf", str(config)])
+
+
+def test_the_progress_of_a_run(tmp_path: Path) -> None:
+    run = SweepRun("Pendulum-v1", "gpld", 0, tmp_path)
+    assert run.progress()["steps"] == 0 and not run.finished
+    (tmp_path / "0.monitor.csv").write_text("#{}\nr,l,t\n-10.0,200,1\n-20.0,200,2\n-3")
+    assert run.progress() == {"steps": 400, "return": -15.0, "episodes": 2}
+
+
+def test_a_run_that_fails_shows_the_end_of_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "SECONDS", 0.05)
+    run, reports = SweepRun("Pendulum-v1", "gpld", 0, tmp_path / "run"), []
+    script = "import time, os; time.sleep(1); print(os.environ['OMP_NUM_THREADS']); raise SystemExit('gone wrong')"
+    with pytest.raises(RuntimeError, match=r"(?s)ended with status 1:\n3\ngone wrong"):
+        sweep.make_run(run, [sys.executable, "-c", script], 3, reports.append)
+    assert reports and reports[0]["episodes"] == 0
+
+
+@pytest.mark.long
+def test_a_sweep_that_was_killed_is_finished_by_the_same_command(tmp_path: Path, config: Path) -> None:
+    pytest.importorskip("ray")
+    command = zoo("sweep", "--tasks", "Pendulum-v1", "CartPole-v1", "--seeds", "0-1", "--arms", "gpld", "v3", "-n", "600")
+    command += ["-conf", str(config), "--eval-freq", "300", "--eval-episodes", "1", "--save-run", "100"]
+    folder = tmp_path / "sweep"
+
+    def there() -> bool:
+        """Two runs are finished, and one more is saved."""
+        finished = {path.parent for path in folder.glob("*/*/*/*-v1.zip")}
+        return len(finished) >= 2 and bool({path.parent for path in folder.glob("*/*/*/run_*_steps.zip")} - finished)
+
+    kill_when(command, tmp_path, there, "")
+    time.sleep(10)  # Ray ends what it has started
+    finished = {path: path.stat().st_mtime for path in folder.glob("*/*/*/*-v1.zip")}
+    printed = finish(command, tmp_path)
+    assert f"8 runs, of which {len(finished)} are finished" in printed and 2 <= len(finished) < 8
+    assert len(list(folder.glob("*/*/*/*-v1.zip"))) == 8
+    assert all(path.stat().st_mtime == before for path, before in finished.items())
+    assert any("Going on after" in path.read_text() for path in folder.glob("*/*/*/output.txt"))
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["CartPole-v1.png", "Pendulum-v1.png"]
