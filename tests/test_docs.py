@@ -36,7 +36,9 @@ from sb3_dreamer_gpld.trained import TrainedAgent
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "console", "yaml", "text", "bibtex"}
-OTHER_PROGRAMS = {"cd", "export", "git", "hf", "tensorboard", "torchrun"}
+OTHER_PROGRAMS = {"cd", "export", "git", "hf", "tensorboard"}
+# Programs that start others, and the last word before these
+PREFIXES = {"torchrun": "2", "srun": "--"}
 STEPS, EPISODE = 40, 20
 
 
@@ -161,7 +163,7 @@ def read_commands(text: str) -> Iterator[list[str]]:
     """Commands of shell lines, without loops, comments, prompts and settings of variables."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(re.sub(r"\$\w+", "1", line.removeprefix("$ ")), comments=True)
-        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         if words and words[0] not in ("for", "done"):
             yield words
@@ -202,7 +204,11 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """:raises AssertionError: the command does not exist, or does not take these arguments"""
     program, *args = words
-    if program == "dreamer-gpld":
+    if program in PREFIXES:
+        program, *args = [word for word in args[args.index(PREFIXES[program]) + 1 :] if word != "-m"]
+        if program == "train.py":  # of the block before it
+            return
+    if program in ("dreamer-gpld", "sb3_dreamer_gpld.zoo"):
         check_zoo_command(args, monkeypatch)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
