@@ -112,6 +112,7 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     if algorithm.plan_in_training and algorithm.planner is None:
         raise ValueError("plan_in_training=True needs a planner; allowed: planner='mppi', or a dict of its settings")
     check_range("exploration_noise", algorithm.exploration_noise, 0.0, float("inf"))
+    check_range("policy_penalty", algorithm.policy_penalty, 0.0, float("inf"))
     check_range("penalty_start", algorithm.penalty_start, 0.0, float("inf"))
     if algorithm.precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', not {algorithm.precision!r}")

@@ -102,6 +102,8 @@ class DreamerGPLD(ResumableAlgorithm):
     :param penalty_schedule: name of the schedule of λ, or a dict with "name" and its parameters
     :param penalty_min: smallest λ
     :param penalty_start: environment steps before the penalty starts; its schedule counts updates from there
+    :param policy_penalty: weight of the squared gradient of log π(a | s) in the policy's input s, at the states that rollouts
+        start from (Lipschitz-constrained policies, Chen et al. 2024, who take 0.002); 0: none
     :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it faster
     :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it
     :raises ValueError, TypeError: an argument is not allowed; the text names it and what is
@@ -163,6 +165,7 @@ class DreamerGPLD(ResumableAlgorithm):
         penalty_schedule: str | dict[str, Any] = "sqrt_time",
         penalty_min: float = 0.001,
         penalty_start: int = 0,
+        policy_penalty: float = 0.0,
         precision: str = "auto",
         compile: bool | str = "auto",
     ) -> None:
@@ -217,6 +220,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.penalty_schedule = penalty_schedule
         self.penalty_min = penalty_min
         self.penalty_start = penalty_start
+        self.policy_penalty = policy_penalty
         self.precision = precision
         self.compile = compile
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
@@ -328,7 +332,15 @@ class DreamerGPLD(ResumableAlgorithm):
         ent_coef, target_entropy = entropy_target(self.ent_coef, self.target_entropy, actions)
         share = dynamics_share(self.actor_gradient, actions)
         return LearnerConfig(
-            objective=Objective(self.gamma, self.return_lambda, ent_coef, target_entropy, share, self.imagination_starts),
+            objective=Objective(
+                self.gamma,
+                self.return_lambda,
+                ent_coef,
+                target_entropy,
+                dynamics=share,
+                starts=self.imagination_starts,
+                policy_penalty=self.policy_penalty,
+            ),
             penalty=self.penalty,
             imagination_horizon=self.imagination_horizon,
             learning_rate_warmup=self.learning_rate_warmup,

@@ -352,6 +352,7 @@ def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
         learning_starts=16,
         imagination_horizon=3,
         prior_penalty=0.1,
+        policy_penalty=0.1,
         actor_learning_rate=1e-5,
         tensorboard_log=str(tmp_path),
         device="cpu",

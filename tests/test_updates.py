@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from test_dreamer_gpld import TINY, tiny
+from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_saving import Clock
 
 from sb3_dreamer_gpld import DreamerGPLD
@@ -295,3 +295,16 @@ def test_a_run_with_exploration_noise_goes_on_from_its_files(tmp_path: Path) -> 
     resumed.learn(40, reset_num_timesteps=False)
     for name, value in whole.policy.state_dict().items():
         assert th.equal(value, resumed.policy.state_dict()[name]), name
+
+
+def test_the_penalty_on_the_policy_is_a_loss_of_the_update() -> None:
+    """It counts in the total with its weight, and is neither computed nor logged without one."""
+    logged = []
+    for weight in (0.0, 10.0):
+        model = tiny(RandomSpaces(BOX, BOX), policy_penalty=weight, train_ratio=0.0).learn(40, log_interval=None)
+        model.train(1, 4)
+        logged.append(model.learner.metrics.take())
+    without, with_it = logged
+    assert set(with_it) - set(without) == {"loss/policy_penalty"} and with_it["loss/policy_penalty"] > 0
+    added = with_it["loss/total"] - without["loss/total"]
+    assert added == pytest.approx(10.0 * with_it["loss/policy_penalty"], rel=1e-3)

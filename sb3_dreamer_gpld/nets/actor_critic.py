@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical, two_hot_bins, two_hot_loss, two_hot_mean
-from sb3_dreamer_gpld.nets.layers import Head, apply_heads
+from sb3_dreamer_gpld.nets.gpld import squared_gradient
+from sb3_dreamer_gpld.nets.layers import Head, apply_heads, at_least_float32
 from sb3_dreamer_gpld.nets.rssm import RSSM, Products, States
 from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 from sb3_dreamer_gpld.nets.world_model import Batch, Term, WorldModel
@@ -49,6 +50,7 @@ class Objective(NamedTuple):
     :param target_entropy: in nats, below which the weight of the entropy rises; None: it stays
     :param dynamics: share of the actor's gradient that comes through the imagined dynamics, in [0, 1]; REINFORCE has the rest
     :param starts: rollouts start from that many of the last states of each sequence; None: from all
+    :param policy_penalty: weight of the squared gradient of the policy's log-density in its input; 0: none
     """
 
     gamma: float
@@ -57,6 +59,7 @@ class Objective(NamedTuple):
     target_entropy: float | None = None
     dynamics: float = 0.0
     starts: int | None = None
+    policy_penalty: float = 0.0
 
 
 class Running(NamedTuple):
@@ -168,6 +171,10 @@ class ActorCritic(SteppedModule):
             "value": Term(value_loss.mean(0).view(size), self.config.value_weight),
             "replay_value": Term(replay_value_loss, self.config.replay_value_weight),
         }
+        if objective.policy_penalty:
+            features = States(*(x.detach() for x in states)).features.flatten(0, 1)  # (N, D + C·K)
+            sensitivity = self.policy_sensitivity(features, rollouts.outputs[0], rollouts.actions[0])  # (N,)
+            losses["policy_penalty"] = Term(sensitivity.view(size), objective.policy_penalty)
         metrics = {
             "entropy": entropy.mean(),
             "ent_coef": ent_coef,
@@ -257,6 +264,22 @@ class ActorCritic(SteppedModule):
                 deter, stoch = rssm.prior_step(deter, stoch, actions[-1], uniform, weights)
                 features.append(th.cat([deter, stoch], -1))
         return deter, stoch, features[1:], outputs, actions
+
+    @compilable
+    def policy_sensitivity(self, features: Tensor, outputs: Tensor, actions: Tensor) -> Tensor:
+        """‖∇ log π(a | s)‖² in the policy's input, of given actions (Chen et al., "Learning Smooth Humanoid Locomotion through
+        Lipschitz-Constrained Policies", 2024, Eq. 4).
+
+        :param features: s, (N, D + C·K)
+        :param outputs: of the policy there, (N, ·)
+        :param actions: a, (N, A)
+        :return: (N,), with the gradient of the policy's parameters
+        """
+        with th.autocast(features.device.type, enabled=False):
+            layers = [layer.as_layer() for layer in self.policy.layers]
+            weight = th.cat([part.weight for part in self.policy.output.parts])  # (O, h)
+            score = self.distribution.score(at_least_float32(outputs), at_least_float32(actions))  # (N, O)
+            return squared_gradient(layers, weight, at_least_float32(features), score)
 
     @compilable
     def value_step(self, features: Tensor) -> tuple[Tensor, Tensor]:

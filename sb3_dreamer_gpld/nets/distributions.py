@@ -181,6 +181,15 @@ class BoundedNormal:
         entropy = log_std + 0.5 * math.log(2 * math.pi) + 0.5
         return log_prob.sum(-1), entropy.sum(-1)
 
+    def score(self, outputs: Tensor, action: Tensor) -> Tensor:
+        """:return: gradient of the log-density of given actions (..., A) in the outputs, (..., 2·A)"""
+        raw_mean, raw_std = outputs.split(self.size, -1)
+        mean, std = self.parameters(outputs)
+        gate, error = th.sigmoid(raw_std + 2.0), (action - mean) / std
+        of_mean = error / std * (1.0 - th.tanh(raw_mean).square())
+        of_std = (error.square() - 1.0) / std * (self.max_std - self.min_std) * gate * (1.0 - gate)
+        return th.cat([of_mean, of_std], -1)
+
 
 class MultiCategorical:
     """Independent categoricals for Discrete, MultiDiscrete and MultiBinary actions, as concatenated one-hots.
@@ -216,6 +225,10 @@ class MultiCategorical:
         log_prob = (th.cat(log_probs, -1) * action).sum(-1)
         entropy = -th.stack([(x.exp() * x).sum(-1) for x in log_probs]).sum(0)
         return log_prob, entropy
+
+    def score(self, outputs: Tensor, action: Tensor) -> Tensor:
+        """:return: gradient of the log-probability of given actions (..., A) in the outputs, (..., A)"""
+        return action - th.cat([th.softmax(x, -1) for x in outputs.split(self.nvec, -1)], -1)
 
 
 def encode_categories(index: Tensor, nvec: Sequence[int]) -> Tensor:

@@ -130,6 +130,26 @@ class _QuadraticForm(th.autograd.Function):
         return 2.0 * gradient.unsqueeze(-1) * gy, weighted.flatten(0, 1).T @ y.flatten(0, 1)
 
 
+def squared_gradient(layers: Sequence[Layer], weight: Tensor, inputs: Tensor, cotangents: Tensor) -> Tensor:
+    """‖Jᵀv‖² of a net's outputs for one cotangent v at each state: the squared gradient in the input of any number whose
+    gradient in the outputs is v.
+
+    :param layers: hidden layers of the net, may be none
+    :param weight: of the last linear, (O, h)
+    :param inputs: (n, I)
+    :param cotangents: v, (n, O)
+    :return: (n,), differentiable once, in every parameter, in the inputs and in v; autocast must be off
+    """
+    x, local = inputs, []
+    for layer in layers:
+        x, at = forward(layer, x)
+        local.append(at)
+    d = cotangents @ weight  # (n, h)
+    if not layers:
+        return d.square().sum(-1)
+    return _of_layers(d.unsqueeze(0), layers, local).squeeze(0)
+
+
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:
     """Independent numbers −1 and +1, each with probability ½."""
     return th.empty(*shape, device=device).bernoulli_(0.5).mul_(2).sub_(1)

@@ -259,3 +259,41 @@ def test_wrong_coefficients_are_refused(wrong: Any) -> None:
 def test_wrong_targets_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="target_entropy.*'auto'"):
         entropy_target("auto", wrong, BOX)
+
+
+# ------------------------------------------------------------------------------------------------- the policy's penalty
+
+
+@pytest.mark.parametrize("actions", [BOX, CHOICE])
+@pytest.mark.parametrize("layers", [(), (7,), (7, 9, 5)])
+def test_policy_penalty_is_the_squared_gradient_of_the_log_density(actions: ActionSpec, layers: tuple[int, ...]) -> None:
+    """Value and gradient, against automatic differentiation twice over, in float64."""
+    case = Case(actions, policy_arch=layers)
+    critic, before = case.actor_critic, case.loss()[0]
+    losses, _, _ = case.loss(policy_penalty=0.1)
+    assert set(losses) - set(before) == {"policy_penalty"}
+    for name, value in before.items():
+        assert th.equal(value, losses[name]), name
+    features = case.states.features.detach().flatten(0, 1).requires_grad_()
+    outputs = critic.policy(features)
+    taken = critic.distribution.sample(outputs, case.draws.action[0])
+    log_prob, _ = critic.distribution.log_prob_and_entropy(outputs, taken)
+    (gradient,) = th.autograd.grad(log_prob.sum(), features, create_graph=True)
+    reference = gradient.square().sum(-1)
+    assert losses["policy_penalty"].shape == (B, T) and reference.min() > 0
+    th.testing.assert_close(losses["policy_penalty"].flatten(), reference, rtol=1e-9, atol=0)
+    parameters = list(critic.policy.parameters())
+    ours = th.autograd.grad(losses["policy_penalty"].mean(), parameters, allow_unused=True)
+    expected = th.autograd.grad(reference.mean(), parameters, allow_unused=True)
+    for a, b in zip(ours, expected, strict=True):
+        zero = th.zeros(())
+        th.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-8, atol=1e-12)
+
+
+def test_policy_penalty_is_of_the_starts_alone() -> None:
+    case = Case()
+    case.draws = case.draws._replace(stoch=case.draws.stoch[:, : B * 2], action=case.draws.action[:, : B * 2])
+    penalty = case.loss(policy_penalty=0.1, starts=2)[0]["policy_penalty"]
+    assert penalty.shape == (B, 2)
+    (of_states,) = th.autograd.grad(penalty.sum(), [case.states.deter], allow_unused=True)
+    assert of_states is None  # the world model is not moved by it
