@@ -110,7 +110,9 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     entropy_target(algorithm.ent_coef, algorithm.target_entropy, actions)
     PlannerConfig.make(algorithm.planner, actions)
     if algorithm.plan_in_training and algorithm.planner is None:
-        raise ValueError("plan_in_training=True needs a planner; allowed: planner='mppi', or a dict of its settings")
+        raise ValueError(
+            "plan_in_training=True needs a planner; allowed: planner='mppi', a dict of its settings, or plan_in_training=False"
+        )
     check_range("exploration_noise", algorithm.exploration_noise, 0.0, float("inf"))
     check_range("policy_penalty", algorithm.policy_penalty, 0.0, float("inf"))
     check_range("penalty_start", algorithm.penalty_start, 0.0, float("inf"))
@@ -125,21 +127,32 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
 def check_processes(algorithm: DreamerGPLD) -> None:
     """Look at what several processes that learn together cannot do.
 
-    :param algorithm: with its environments, one for each process
-    :raises ValueError: something differs between the processes, or could not be the same in all
+    :param algorithm: with its environments
+    :raises ValueError: something would differ between the processes
     """
     processes = algorithm.processes
+    if processes.size == 1:
+        return
     if algorithm.get_vec_normalize_env() is not None:
         raise ValueError(
             f"VecNormalize cannot be used in {processes.size} processes, since each would scale by statistics of its own; "
             "allowed: environments without it (observations of any scale are compressed by symlog)"
         )
     train_freq = algorithm.train_freq
-    if isinstance(train_freq, TrainFreq) and train_freq.unit != TrainFrequencyUnit.STEP:
+    if isinstance(train_freq, TrainFreq) and train_freq != TrainFreq(1, TrainFrequencyUnit.STEP):
         raise ValueError(
-            f"train_freq={train_freq.frequency} episodes cannot be used in {processes.size} processes, whose episodes end at "
-            "different times; allowed: a number of steps"
+            f"train_freq={train_freq.frequency} {train_freq.unit.value}s cannot be used in {processes.size} processes, which "
+            "agree after each step on what comes next; allowed: 1 (train_ratio says how many updates that makes)"
         )
+
+
+def check_environments(algorithm: DreamerGPLD) -> None:
+    """Look at the environments of several processes, of which all call it.
+
+    :param algorithm: with its environments
+    :raises ValueError: the processes have not equally many
+    """
+    processes = algorithm.processes
     n_envs = algorithm.n_envs
     if processes.sums([n_envs])[0] != n_envs * processes.size or processes.sums([n_envs**2])[0] != n_envs**2 * processes.size:
         raise ValueError(

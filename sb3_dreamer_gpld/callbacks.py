@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
 
 from sb3_dreamer_gpld.config import check_int
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
+
+
+def callbacks_of_all(callback: Any) -> list[BaseCallback]:
+    """Those callbacks that every process calls which learns with others, by their attribute ``in_all_processes``.
+
+    :param callback: as ``learn`` takes it: None, a function, a callback, or a list of them
+    :raises ValueError: one of them is called by another callback, which not every process calls
+    """
+    if isinstance(callback, CallbackList):
+        callback = callback.callbacks
+    if isinstance(callback, list):
+        return [each for part in callback for each in callbacks_of_all(part)]
+    inner = callback.callback if isinstance(callback, EventCallback) else None
+    if inner is not None and callbacks_of_all(inner):
+        raise ValueError(
+            f"{type(inner).__name__} must be called in all processes, and {type(callback).__name__} would call it in one; "
+            "allowed: give it to learn by itself"
+        )
+    return [callback] if getattr(callback, "in_all_processes", False) else []
 
 
 class SaveRunCallback(BaseCallback):
@@ -35,6 +55,10 @@ class SaveRunCallback(BaseCallback):
         super().__init__(verbose)
         self.folder, self.every = Path(folder), check_int("every", every, 1)
         self._due = 0
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, ResumableAlgorithm):
+            raise TypeError(f"SaveRunCallback saves a DreamerGPLD model, not a {type(self.model).__name__}")
 
     def _on_training_start(self) -> None:
         self._due = self.num_timesteps + self.every

@@ -18,8 +18,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dreamer_gpld import parallel
-from sb3_dreamer_gpld.arguments import check_arguments, check_processes, naming_unknown, warn_without_gpu
+from sb3_dreamer_gpld.arguments import check_arguments, check_environments, check_processes, naming_unknown, warn_without_gpu
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+from sb3_dreamer_gpld.callbacks import callbacks_of_all
 from sb3_dreamer_gpld.config import (
     ObservationSpec,
     PenaltyConfig,
@@ -258,21 +259,15 @@ class DreamerGPLD(ResumableAlgorithm):
             print(f"An update replays {replayed}, {times:.0f} times the published 16x64")
         self._make_replay_buffer()
         self._convert_train_freq()
+        check_processes(self)
         self._state = None  # the number of environments may have changed in load()
         self._exploration: ActionNoise | None = None
         if self.exploration_noise and self.policy.action_spec.nvec is None:
             self._exploration = correlated_noise(self.exploration_noise, self.policy.action_spec.size, self.n_envs)
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
         self.learner = self.learner_class(self.policy, self._learner_config(), self.processes)
-        self._begin_together()
-
-    def _begin_together(self) -> None:
-        """Of several processes: the same nets, and random numbers of each one's own."""
-        if self.processes.size > 1 and self.device.type != "meta":  # where hyperparameters are only looked at
-            check_processes(self)
-            self.processes.copy_from_first([*self.policy.state_dict().values()])
-            if not self.processes.is_first:
-                self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
+        if not self.processes.is_first:
+            self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -416,11 +411,20 @@ class DreamerGPLD(ResumableAlgorithm):
         :param progress_bar: show one
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
+        :raises FileNotFoundError: of several processes that go on, this one's share of the model is missing
         """
         if not self.processes.is_first:
-            given: list[Any] = callback if isinstance(callback, list) else [callback]
-            callback, progress_bar = [each for each in given if getattr(each, "in_all_processes", False)], False
+            callback, progress_bar = callbacks_of_all(callback), False
+        if not reset_num_timesteps and self._missing_share is not None:
+            raise FileNotFoundError(
+                f"{self._missing_share} is missing, the share of process {self.processes.rank} of {self.processes.size} "
+                "in the model that it should go on from; allowed: as many processes as the run was saved with, and the "
+                "files of all of them"
+            )
         self._saved = []  # what was saved between two runs, all processes have saved
+        if self.processes.size > 1:
+            check_environments(self)
+            self.processes.copy_from_first([*self.policy.state_dict().values()])
         with naming_environments(self):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -498,17 +502,8 @@ class DreamerGPLD(ResumableAlgorithm):
             self.update_ratio.credit += updates * self.batch_size * self.batch_length
 
     def _resume(self, reset_num_timesteps: bool) -> None:
-        """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing.
-
-        :raises FileNotFoundError: of several processes, this one's share of the model is missing
-        """
+        """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
         if not reset_num_timesteps:
-            if self._missing_share is not None:
-                raise FileNotFoundError(
-                    f"{self._missing_share} is missing, the share of process {self.processes.rank} of {self.processes.size} "
-                    "in the model that it should go on from; allowed: as many processes as the run was saved with, and the "
-                    "files of all of them"
-                )
             if self._rng_states is not None:
                 restore_rng(self._rng_states, self.device)
             assert self.replay_buffer is not None
@@ -543,7 +538,7 @@ class DreamerGPLD(ResumableAlgorithm):
         if self.gradient_steps is not None:
             if self.num_timesteps <= self.learning_starts:
                 return 0
-            return self.gradient_steps if self.gradient_steps >= 0 else steps
+            return self.gradient_steps if self.gradient_steps >= 0 else steps * self.processes.size
         capacity = self.replay_buffer.buffer_size * self.n_envs * self.processes.size  # rows of all environments
         stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
         if stored <= min(self.learning_starts, capacity - 1) or ready < self.processes.size:
@@ -587,7 +582,8 @@ class DreamerGPLD(ResumableAlgorithm):
         self._update_seconds, self._logged_at = 0.0, now
         if self.num_frames > self.num_timesteps:
             self.logger.record("time/frames", self.num_frames)
-        super().dump_logs()
+        if self.processes.is_first:
+            super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
         own = ["_state", "_exploration", "_lr_schedules", "learner", "update_ratio", "_update_seconds", "_logged_at"]

@@ -172,6 +172,8 @@ class DreamerPolicy(BasePolicy):
         arguments = self._get_constructor_parameters()
         for name in ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs"):
             arguments.pop(name, None)
+        if self.planner is None:  # earlier releases read such a file too
+            del arguments["planner"]
         saved = {
             "format_version": FORMAT_VERSION,
             "observation_space": space_to_plain(self.observation_space),

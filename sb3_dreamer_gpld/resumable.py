@@ -19,6 +19,8 @@ from sb3_dreamer_gpld.parallel import ALONE, Processes, current
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
 
+STATISTICS = ("obs_rms", "ret_rms", "returns")  # of VecNormalize
+
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ResumableAlgorithm")
 
 
@@ -42,6 +44,16 @@ def _saved_runs(folder: Path) -> list[Path]:
 
 def _steps_of_run(file: Path) -> int:
     return int(file.stem[4:-6])
+
+
+def steps_saved(folder: Path) -> int:
+    """Environment steps of the run that :meth:`ResumableAlgorithm.save_run` saved last in a folder; 0: none."""
+    return max(map(_steps_of_run, _saved_runs(folder)), default=0)
+
+
+def _statistics_of_run(file: Path) -> Path:
+    """Where the statistics of VecNormalize lie, if there is one."""
+    return file.with_name(f"{file.stem}_vecnormalize.pkl")
 
 
 def _files_of_run(file: Path, processes: Processes) -> list[Path]:
@@ -158,8 +170,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         return model
 
     def save_run(self, folder: str | os.PathLike[str]) -> Path:
-        """Save model and replay buffer for :meth:`load_run`, and then remove what it saved before. Of several processes all
-        call it.
+        """Save model, replay buffer and VecNormalize's statistics for :meth:`load_run`, and then remove what it saved
+        before. Of several processes all call it.
 
         :param folder: of the run, which is made if it is not there
         :return: the model's file
@@ -171,12 +183,16 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.processes.sums([0.0])  # nobody writes before the folder is there
         file = folder / f"run_{self.num_timesteps}_steps.zip"
         self.save_replay_buffer(file.with_suffix(".pkl"))
+        normalize = self.get_vec_normalize_env()
+        if normalize is not None:
+            with atomic_file(_statistics_of_run(file)) as statistics:
+                pickle.dump({name: getattr(normalize, name) for name in STATISTICS}, statistics)
         self.save(file)
         self._saved = told
         self.processes.sums([0.0])  # nobody removes before all files are there
         for other in _saved_runs(folder):
             if other != file:
-                for part in _files_of_run(other, self.processes):
+                for part in (*_files_of_run(other, self.processes), _statistics_of_run(other)):
                     part.unlink(missing_ok=True)
         return file
 
@@ -195,12 +211,17 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`
         """
         processes, missing = current(), None
-        for file in sorted(_saved_runs(Path(folder)), key=_steps_of_run, reverse=True):
+        files = processes.told_by_first(sorted(_saved_runs(Path(folder)), key=_steps_of_run, reverse=True))
+        for file in files:
             absent = [part for part in _files_of_run(file, processes) if not part.is_file()]
             missing = missing or (absent[0] if absent else None)
             if processes.sums([len(absent)])[0] == 0:
                 model = cls.load(file, env, device, **kwargs)
                 model.load_replay_buffer(file.with_suffix(".pkl"))
+                normalize = model.get_vec_normalize_env()
+                if normalize is not None:
+                    for name, value in pickle.loads(_statistics_of_run(file).read_bytes()).items():
+                        setattr(normalize, name, value)
                 return model
         if processes.sums([missing is not None])[0]:
             raise FileNotFoundError(

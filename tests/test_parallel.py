@@ -170,6 +170,21 @@ class Stop(BaseCallback):
 model = start().learn(200, callback=Stop())
 assert model.num_timesteps == 40, model.num_timesteps
 model.learn(20, callback=CheckpointCallback(10, "checkpoints", save_replay_buffer=True), reset_num_timesteps=False)
+
+from stable_baselines3.common.callbacks import CallbackList, EveryNTimesteps
+from sb3_dreamer_gpld import SaveRunCallback
+model = start().learn(100, callback=CallbackList([CallbackList([SaveRunCallback("run", 40)])]))
+again = DreamerGPLD.load_run("run", Clock(False))
+assert 40 <= again.num_timesteps < 100
+if rank == 1:
+    try:
+        model.learn(10, callback=EveryNTimesteps(5, SaveRunCallback("run", 40)))
+    except ValueError as error:
+        assert "EveryNTimesteps would call it in one; allowed: give it to learn by itself" in str(error)
+    else:
+        raise AssertionError
+if rank == 0:
+    DreamerGPLD.load("model")  # the other process need not take part
 print("DONE")
 """
 
@@ -209,7 +224,11 @@ def test_resume_is_exact_and_checkpoints_have_the_share_of_every_process(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("RandomSpaces(BOX, BOX), train_freq=(1, 'episode'), gradient_steps=1", "train_freq=1 episodes cannot be used in 2"),
+        ("RandomSpaces(BOX, BOX), train_freq=4", "train_freq=4 steps cannot be used in 2"),
+        (
+            "RandomSpaces(BOX, BOX), train_freq=(1, 'episode'), gradient_steps=1",
+            "train_freq=1 episodes cannot be used in 2 processes, which agree",
+        ),
         ("VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)])), 'MlpPolicy'", "VecNormalize cannot be used in 2"),
         ("DummyVecEnv([lambda: RandomSpaces(BOX, BOX)] * (1 + rank)), 'MlpPolicy'", "not every process as many"),
     ],
@@ -217,7 +236,7 @@ def test_resume_is_exact_and_checkpoints_have_the_share_of_every_process(tmp_pat
 def test_what_cannot_be_the_same_in_all_processes(arguments: str, text: str, tmp_path: Path) -> None:
     script = f"""
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-    tiny({arguments})
+    tiny({arguments}).learn(8)
     """
     done = torchrun(script, tmp_path)
     assert done.returncode != 0 and text in done.stderr, done.stderr

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -87,6 +88,8 @@ def _optimize(args: list[str]) -> None:
     register()
     if importlib.util.find_spec("pandas") is None:
         fail("rl_zoo3 writes the report of a study with pandas: pip install pandas")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail("optimize cannot be started by torchrun: start it as often as you like, with the same --storage")
     with tolerant_studies():
         _train([*args, "-optimize"], "optimize")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,13 +18,16 @@ from unittest import mock
 
 import numpy as np
 import rl_zoo3.train
+import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import EvalCallback
 
 from sb3_dreamer_gpld import parallel
-from sb3_dreamer_gpld.callbacks import SaveRunCallback
+from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.zoo.arguments import fail
+from sb3_dreamer_gpld.resumable import steps_saved
+from sb3_dreamer_gpld.saving import atomic_file
+from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
 
 try:
     import fcntl
@@ -48,12 +53,14 @@ class Experiment(ExperimentManager):
         self.save_path = self.processes.told_by_first(folder or self.save_path)
         self.params_path = f"{self.save_path}/{self.env_name}"
         self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
-        self.done = 0  # steps that the run had made when it was saved
+        self.saved = 0 if folder is None else steps_saved(Path(folder))
+        self.done = self.total = 0  # steps that the run had made when it was saved, and all that it shall make
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
 
     def setup_experiment(self) -> tuple[Any, dict[str, Any]] | None:
-        if self.folder is not None and any(Path(self.folder).glob("run_*_steps.zip")):
+        if self.saved:
+            self._check_hyperparameters()
             self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         found = super().setup_experiment()
         if self.folder is None or found is None:
@@ -67,11 +74,31 @@ class Experiment(ExperimentManager):
         print(f"Going on after {model.num_timesteps} steps")
         self.done = model.num_timesteps
         for callback in self.callbacks:
+            callback.n_calls = self.done // self.n_envs
             if isinstance(callback, EvalCallback):
                 restore_evaluations(callback, self.done)
         return model, hyperparams
 
+    def _check_hyperparameters(self) -> None:
+        """:raises SystemExit: a saved run would go on with other hyperparameters than it was begun with"""
+        file = Path(self.params_path) / "config.yml"
+        if not file.is_file():
+            return
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, now = self.read_hyperparameters()
+        before = dict(yaml.load(file.read_text(), Loader=yaml.UnsafeLoader))  # of this run, whose model is loaded as well
+        differing = sorted(
+            name for name in before.keys() | now.keys() if name != "n_timesteps" and before.get(name) != now.get(name)
+        )
+        if differing:
+            changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differing)
+            fail(
+                f"--run-folder {self.folder}: the run that is saved there has other hyperparameters ({changes}). Allowed: the "
+                "same ones, n_timesteps excepted, or another folder"
+            )
+
     def learn(self, model: Any) -> None:
+        self.total = self.n_timesteps
         if not self.done:
             return super().learn(model)
         self.n_timesteps -= self.done
@@ -80,6 +107,12 @@ class Experiment(ExperimentManager):
         going_on = functools.partialmethod(DreamerGPLD.learn, reset_num_timesteps=False)
         with mock.patch.object(DreamerGPLD, "learn", going_on):
             super().learn(model)
+
+    def save_trained_model(self, model: Any) -> None:
+        super().save_trained_model(model)
+        if self.processes.is_first and model.num_timesteps >= self.total:  # it was not interrupted
+            with atomic_file(Path(self.save_path) / FINISHED) as file:
+                file.write(f"{model.num_timesteps}\n".encode())
 
     def create_log_folder(self) -> None:
         if self.processes.is_first:
@@ -90,12 +123,15 @@ class Experiment(ExperimentManager):
         if self.processes.is_first:
             super().create_callbacks()
         else:
-            self.callbacks = []
+            self.callbacks = callbacks_of_all(self.callbacks)
         if self.every is not None:
             self.callbacks.append(SaveRunCallback(self.save_path, self.every))
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         if not eval_env:
+            if self.saved and self.processes.is_first:
+                for file in Path(self.save_path).glob("*.monitor.csv"):
+                    rewind_monitor(file, self.saved // n_envs)
             n_envs = self.processes.share("n_envs", n_envs)
         return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
 
@@ -113,12 +149,16 @@ def lock(folder: Path) -> IO[str] | None:
     """
     if fcntl is None:
         return None
+    if folder.exists() and not folder.is_dir():
+        fail(f"--run-folder {folder}: this is a file; allowed: a folder, or a name that does not exist yet")
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"--run-folder {folder}: another process makes this run now")
+    except OSError:  # a file system without locks
+        pass
     return file
 
 
@@ -130,6 +170,27 @@ def goes_on(folder: str | None, every: int | None) -> Iterator[None]:
     experiment = functools.partial(Experiment, folder=folder, every=every)
     with mock.patch.object(rl_zoo3.train, "ExperimentManager", experiment), silent:
         yield
+
+
+def rewind_monitor(file: Path, steps: int) -> None:
+    """Take episodes that will be made again out of the file of a Monitor, and count time from now.
+
+    :param file: of one environment
+    :param steps: of that environment that the saved run has made
+    """
+    header, names, *rows = file.read_text().splitlines()
+    settings, now = json.loads(header.removeprefix("#")), time.time()
+    shift, made, kept = now - settings["t_start"], 0, []
+    for row in rows:
+        values = row.split(",")
+        if len(values) < 3 or made + int(values[1]) > steps:
+            break
+        made += int(values[1])
+        values[2] = f"{float(values[2]) - shift:.6f}"
+        kept.append(",".join(values))
+    with atomic_file(file) as rewound:
+        lines = ["#" + json.dumps({**settings, "t_start": now}), names, *kept]
+        rewound.write(("\n".join(lines) + "\n").encode())
 
 
 def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sb3_dreamer_gpld.config import unknown_name
-from sb3_dreamer_gpld.zoo.arguments import NAME, choose_entry, fail, find_config
+from sb3_dreamer_gpld.zoo.arguments import FINISHED, NAME, choose_entry, fail, find_config
 from sb3_dreamer_gpld.zoo.check import check_entry
 from sb3_dreamer_gpld.zoo.environments import prepare_environment
 
@@ -42,24 +42,27 @@ class SweepRun(NamedTuple):
 
     :param task: id of the environment
     :param arm, seed: what is run
+    :param steps: that it shall make
     :param folder: of the run
     """
 
     task: str
     arm: str
     seed: int
+    steps: int
     folder: Path
 
     @property
     def finished(self) -> bool:
-        """Whether its agent is saved, which is the last that a run does."""
-        return (self.folder / f"{self.task.replace('/', '-')}.zip").is_file()
+        """Whether it says that it has made its steps, the last that a run does."""
+        file = self.folder / FINISHED
+        return file.is_file() and int(file.read_text()) >= self.steps
 
     def progress(self) -> dict[str, float]:
         """Steps so far, and the mean return of the last episodes, from what the run has logged."""
-        file = self.folder / "0.monitor.csv"
-        lines = file.read_text().splitlines()[2:] if file.is_file() else []
+        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in file.read_text().splitlines()[2:]]
         rows = [row for row in csv.reader(lines) if len(row) >= 3]  # the last line may be half-written
+        rows.sort(key=lambda row: float(row[2]))
         if not rows:
             return {"steps": 0, "return": float("nan"), "episodes": 0}
         returns = [float(row[0]) for row in rows[-LAST_EPISODES:]]
@@ -141,12 +144,13 @@ def command(run: SweepRun, settings: dict[str, Any], options: argparse.Namespace
     return words + (["-params", *(f"{name}:{value!r}" for name, value in settings.items())] if settings else [])
 
 
-def make_run(run: SweepRun, words: list[str], threads: int, report: Any = None) -> None:
+def make_run(run: SweepRun, words: list[str], threads: int, here: str, report: Any = None) -> None:
     """Make a run to its end, in a process of its own, whose output is in the run's folder.
 
     :param run: what is run
     :param words: the command
     :param threads: of the process
+    :param here: folder that it works in
     :param report: is given the progress from time to time; None: nobody
     :raises RuntimeError: it failed; has the last lines of the output
     """
@@ -157,7 +161,7 @@ def make_run(run: SweepRun, words: list[str], threads: int, report: Any = None) 
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_the_parent
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=here, preexec_fn=_die_with_the_parent
         )
         try:
             while process.poll() is None:
@@ -198,9 +202,10 @@ def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
             problems = check_entry({**entry, **settings})
             if problems:
                 fail("\n".join(f"{file}, {name}, arm {arm}: {problem}" for problem in problems))
+            steps = int(options.n_timesteps or entry["n_timesteps"])
             for seed in seeds:
                 place = folder / arm / NAME / f"{task.replace('/', '-')}_{seed + 1}"
-                run = SweepRun(task, arm, seed, place)
+                run = SweepRun(task, arm, seed, steps, place)
                 runs[run] = command(run, settings, options)
     return runs
 
@@ -228,11 +233,11 @@ def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> 
     from ray import cloudpickle, tune
 
     by_name = {f"{run.arm} {run.task} {run.seed}": (run, words) for run, words in runs.items()}
-    threads = max(1, int(options.cpus))
+    threads, here = max(1, int(options.cpus)), os.getcwd()
 
     def trainable(config: dict[str, Any]) -> None:
         run, words = by_name[config["run"]]
-        make_run(run, words, threads, lambda progress: tune.report(progress))
+        make_run(run, words, threads, here, lambda progress: tune.report(progress))
 
     # Ray's workers need nothing of this package, which takes long to import: the runs are processes of their own.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -17,12 +17,15 @@ import yaml
 
 pytest.importorskip("rl_zoo3")
 
+from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.callbacks import EvalCallback  # noqa: E402
+from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
 
 from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
 from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
-from sb3_dreamer_gpld.zoo.runs import lock, restore_evaluations  # noqa: E402
+from sb3_dreamer_gpld.zoo.runs import lock, restore_evaluations, rewind_monitor  # noqa: E402
 from sb3_dreamer_gpld.zoo.sweep import SweepRun  # noqa: E402
 
 SETTINGS: dict[str, Any] = dict(
@@ -121,7 +124,13 @@ def test_a_killed_run_goes_on_by_the_same_command(tmp_path: Path, config: Path) 
     assert "Going on after 400 steps" in finish(command, tmp_path)
     assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [200, 400, 600]
     assert DreamerGPLD.load(run / "Pendulum-v1.zip").num_timesteps == 600
-    assert sum(int(line.split(",")[1]) for line in (run / "0.monitor.csv").read_text().splitlines()[2:]) >= 600
+    assert load_results(str(run))["l"].tolist() == [200, 200, 200]
+    assert (run / "finished.txt").read_text() == "600\n"
+    other = subprocess.run([*command, "-params", "gamma:0.9"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert other.returncode == 1 and "has other hyperparameters (gamma None -> 0.9). Allowed: the same ones" in other.stderr
+    command[command.index("run")] = "settings.yml"
+    other = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert other.returncode == 1 and "--run-folder settings.yml: this is a file; allowed" in other.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- two processes
@@ -191,18 +200,58 @@ def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_progress_of_a_run(tmp_path: Path) -> None:
-    run = SweepRun("Pendulum-v1", "gpld", 0, tmp_path)
+    run = SweepRun("Pendulum-v1", "gpld", 0, 1000, tmp_path)
     assert run.progress()["steps"] == 0 and not run.finished
     (tmp_path / "0.monitor.csv").write_text("#{}\nr,l,t\n-10.0,200,1\n-20.0,200,2\n-3")
-    assert run.progress() == {"steps": 400, "return": -15.0, "episodes": 2}
+    (tmp_path / "1.monitor.csv").write_text("#{}\nr,l,t\n-30.0,200,1.5\n")
+    assert run.progress() == {"steps": 600, "return": -20.0, "episodes": 3}
+    for steps, finished in ((999, False), (1000, True)):
+        (tmp_path / "finished.txt").write_text(f"{steps}\n")
+        assert run.finished == finished
+
+
+def test_episodes_that_are_made_again_leave_the_monitors_file(tmp_path: Path) -> None:
+    file, start = tmp_path / "0.monitor.csv", time.time() - 100.0
+    file.write_text(f'#{{"t_start": {start}, "env_id": "x"}}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n3.0,200,30.0\n4.0,2')
+    rewind_monitor(file, 450)
+    results = load_results(str(tmp_path))
+    assert results["r"].tolist() == [1.0, 2.0] and results["l"].tolist() == [200, 200]
+    monitor = Monitor(RandomSpaces(BOX, BOX), str(tmp_path / "0"), override_existing=False)
+    monitor.reset()
+    while not monitor.step(np.zeros(3, np.float32))[3]:
+        pass
+    monitor.close()
+    results = load_results(str(tmp_path))
+    assert results["r"].tolist() == [1.0, 2.0, 10.0]
+    assert np.allclose(results["t"] - results["t"][0], [0.0, 10.0, 90.0], atol=5.0)
+
+
+def test_statistics_of_vec_normalize_are_part_of_a_run(tmp_path: Path) -> None:
+    def make() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)]))
+
+    model = tiny(make(), "MlpPolicy").learn(40)
+    model.save_run(tmp_path)
+    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
+    assert loaded is not None
+    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
+    assert ours is not None and theirs is not None and theirs.obs_rms.count > 40
+    assert ours.obs_rms.count == theirs.obs_rms.count and np.array_equal(ours.obs_rms.mean, theirs.obs_rms.mean)
+    model.learn(10, reset_num_timesteps=False).save_run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_callback_is_for_this_algorithm(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="SaveRunCallback saves a DreamerGPLD model, not a PPO"):
+        PPO("MlpPolicy", RandomSpaces(BOX, BOX), n_steps=8, batch_size=8).learn(8, callback=SaveRunCallback(tmp_path, 5))
 
 
 def test_a_run_that_fails_shows_the_end_of_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "SECONDS", 0.05)
-    run, reports = SweepRun("Pendulum-v1", "gpld", 0, tmp_path / "run"), []
+    run, reports = SweepRun("Pendulum-v1", "gpld", 0, 1000, tmp_path / "run"), []
     script = "import time, os; time.sleep(1); print(os.environ['OMP_NUM_THREADS']); raise SystemExit('gone wrong')"
     with pytest.raises(RuntimeError, match=r"(?s)ended with status 1:\n3\ngone wrong"):
-        sweep.make_run(run, [sys.executable, "-c", script], 3, reports.append)
+        sweep.make_run(run, [sys.executable, "-c", script], 3, str(tmp_path), reports.append)
     assert reports and reports[0]["episodes"] == 0
 
 
@@ -215,15 +264,15 @@ def test_a_sweep_that_was_killed_is_finished_by_the_same_command(tmp_path: Path,
 
     def there() -> bool:
         """Two runs are finished, and one more is saved."""
-        finished = {path.parent for path in folder.glob("*/*/*/*-v1.zip")}
+        finished = {path.parent for path in folder.glob("*/*/*/finished.txt")}
         return len(finished) >= 2 and bool({path.parent for path in folder.glob("*/*/*/run_*_steps.zip")} - finished)
 
     kill_when(command, tmp_path, there, "")
     time.sleep(10)  # Ray ends what it has started
-    finished = {path: path.stat().st_mtime for path in folder.glob("*/*/*/*-v1.zip")}
+    finished = {path: path.stat().st_mtime for path in folder.glob("*/*/*/finished.txt")}
     printed = finish(command, tmp_path)
     assert f"8 runs, of which {len(finished)} are finished" in printed and 2 <= len(finished) < 8
-    assert len(list(folder.glob("*/*/*/*-v1.zip"))) == 8
+    assert len(list(folder.glob("*/*/*/finished.txt"))) == len(list(folder.glob("*/*/*/*-v1.zip"))) == 8
     assert all(path.stat().st_mtime == before for path, before in finished.items())
     assert any("Going on after" in path.read_text() for path in folder.glob("*/*/*/output.txt"))
     assert sorted(path.name for path in (folder / "plots").iterdir()) == ["CartPole-v1.png", "Pendulum-v1.png"]
