@@ -85,6 +85,10 @@ def test_table(folder: Path) -> None:
         "| rw10 | 80 (80) |  |  | 7 | 70 |"  # two of the last five episodes; no mean over the tasks without all of them
     ]
     assert len(list(ladder.table(["rw10"], ["walker-walk"], None, 11_000))) == 2  # no run got that far
+    write_csv(Job("rw10", "walker-walk", 1, 0).evaluations, [{"frames": 7000, "deterministic": 12.4, "sampled": 30.0}])
+    for kind, shown in (("deterministic", "12 (12)"), ("sampled", "30 (30)")):
+        assert f"| rw10 | {shown} | " in list(ladder.table(["rw10"], ["walker-walk"], [1], 7000, kind))[2]
+    assert "| rw10 |  | " in list(ladder.table(["rw10"], ["walker-walk"], [1], 6000, "sampled"))[2]  # not evaluated there
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 Usage: python -m benchmarks.learning.ladder run --arms recipe sac --tasks walker-walk --seeds 0 1 --frames 60000 [--workers 2]
        python -m benchmarks.learning.ladder table [--arms ...] [--tasks ...] [--seeds ...] [--at 60000]
+                                                    [--returns deterministic]
 
 Arms are described in ``arms.yml``. Every run is a process with one thread, ``--workers`` of them side by side; it is saved
 every few episodes, so the command can be killed and repeated at any time, and with more frames a finished run goes on. A
@@ -261,12 +262,26 @@ def return_at(columns: dict[str, np.ndarray], at: int) -> float:
     return float(columns["episode_return"][within].mean())
 
 
+def evaluated(arm: str, task: str, seed: int, at: int, kind: str) -> float:
+    """Mean return of the evaluation after ``at`` frames; NaN where there was none.
+
+    :param kind: "deterministic" or "sampled" actions
+    """
+    rows = read_csv(Job(arm, task, seed, at).evaluations)
+    return next((float(row[kind]) for row in rows if int(row["frames"]) == at), math.nan)
+
+
 def last_value(columns: dict[str, np.ndarray], name: str, at: int) -> float:
     return float(columns[name][columns["frames"] <= at][-1])
 
 
-def table(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int] | None, at: int) -> Iterator[str]:
-    """Markdown: for each arm the mean return per task and over the tasks, core-minutes and updates; seeds in brackets."""
+def table(
+    arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int] | None, at: int, kind: str = "training"
+) -> Iterator[str]:
+    """Markdown: for each arm the mean return per task and over the tasks, core-minutes and updates; seeds in brackets.
+
+    :param kind: "training": the last episodes, or the evaluation with "deterministic" or "sampled" actions
+    """
     yield f"| arm, at {at:,} frames | {' | '.join(tasks)} | mean | core-minutes | updates |"
     yield "| --- " * (len(tasks) + 4) + "|"
     for arm in arms:
@@ -274,8 +289,12 @@ def table(arms: Sequence[str], tasks: Sequence[str], seeds: Sequence[int] | None
         if not any(by_task.values()):
             continue
         cells, means = [], []
-        for runs in by_task.values():
-            returns = [return_at(columns, at) for columns in runs.values()]
+        for task, runs in by_task.items():
+            found = {
+                seed: return_at(columns, at) if kind == "training" else evaluated(arm, task, seed, at, kind)
+                for seed, columns in runs.items()
+            }
+            returns = [value for value in found.values() if math.isfinite(value)]
             cells.append(f"{np.mean(returns):.0f} ({', '.join(f'{x:.0f}' for x in returns)})" if returns else "")
             means += [np.mean(returns)] if returns else []
         every = [columns for runs in by_task.values() for columns in runs.values()]
@@ -315,6 +334,12 @@ def main() -> int:
     many.add_argument("--workers", type=int, default=2)
     show.add_argument("--seeds", nargs="+", type=int, help="default: all")
     show.add_argument("--at", type=int, default=60_000, help="frames")
+    show.add_argument(
+        "--returns",
+        choices=("training", "deterministic", "sampled"),
+        default="training",
+        help="of the last training episodes, or of the evaluation there with most probable or sampled actions",
+    )
     one.add_argument("arm", type=one_of("arm", list(arms)))
     one.add_argument("task", type=one_of("task", TASKS))
     one.add_argument("seed", type=int)
@@ -333,7 +358,7 @@ def main() -> int:
         jobs = [Job(arm, task, seed, args.frames) for seed in args.seeds for task in args.tasks for arm in args.arms]
         return min(1, run_all(jobs, args.workers, args.runs))
     else:
-        print("\n".join(table(args.arms, args.tasks, args.seeds, args.at)))
+        print("\n".join(table(args.arms, args.tasks, args.seeds, args.at, args.returns)))
     return 0
 
 
