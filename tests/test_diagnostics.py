@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
 from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback, measures
+from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
 GAMMA = 0.9
@@ -289,6 +290,33 @@ def test_compiled_functions_are_left_out_and_put_back(model: DreamerGPLD) -> Non
         runner.compiled = False
 
 
+def of_actions(actions: np.ndarray, first: list[int]) -> diagnostics.ActionSmoothness:
+    """Of windows (B, T, A), with an episode's start at the flattened steps ``first``."""
+    batch = diagnostics_batch(actions)
+    batch.is_first.view(-1)[first] = True
+    return diagnostics.action_smoothness(batch)
+
+
+def diagnostics_batch(actions: np.ndarray) -> Batch:
+    windows = actions.shape[:2]
+    zeros, none = th.zeros(windows), th.zeros(windows, dtype=th.bool)
+    return Batch({}, th.as_tensor(actions), zeros, none, none.clone(), none.clone(), th.zeros(1), th.zeros(1))
+
+
+def test_smoothness_of_actions() -> None:
+    """Hand-made numbers, a slow wave, a fast one, and noise."""
+    actions = np.array([[[9.0], [0.0], [0.5], [0.25], [9.0], [1.0]]])
+    found = of_actions(actions, [0, 4])  # the first of an episode is no action
+    assert found.change == pytest.approx((0.5 + 0.25) / 2) and np.isnan(found.high_frequencies)
+    t = np.arange(65.0)
+    slow, fast = np.sin(2 * np.pi * 3 * t / 64), np.cos(np.pi * t)
+    for wave, share in ((slow, 0.0), (fast, 1.0), (slow + 3.0, 0.0)):
+        assert of_actions(wave[None, :, None], [0]).high_frequencies == pytest.approx(share, abs=1e-6)
+    noise = np.random.default_rng(0).normal(size=(8, 65, 2))
+    assert of_actions(noise, []).high_frequencies == pytest.approx(0.5, abs=0.03)
+    assert np.isnan(of_actions(np.ones((1, 9, 1)), []).high_frequencies) and of_actions(np.ones((1, 9, 1)), []).change == 0.0
+
+
 # ------------------------------------------------------------------------------------------------------------ callbacks
 
 
@@ -301,6 +329,7 @@ def test_what_callbacks_log(tmp_path: Path) -> None:
     found = [{name for name in row if name.startswith(("smoothness", "open_loop"))} for row in rows]
     errors = {f"open_loop/{name}" for name in ("observation", "reward", "continue")}
     measures = ("posterior_kl_0.1", "posterior_kl_1", "posterior_jacobian", "prior_jacobian", "transition_ratio")
+    measures = (*measures, "action_change", "action_high_frequencies")
     smooth = {f"smoothness/{name}" for name in (*measures, "transition_ratio_max", "input_rms")}
     assert [row["time/total_timesteps"] for row in rows] == [20, 20, 40, 40, 60, 60]
     assert found[0::2] == [smooth] * 3 and found[1] == errors | {f"{name}_last" for name in errors}
@@ -395,6 +424,8 @@ def test_command_compares_two_models_and_repeats_itself(files: Path, tmp_path: P
 
     for name in ("model", "baseline"):
         assert report[name]["collected_returns"] == [LENGTH * (LENGTH + 1) / 2] * 2
+        assert len(report[name]["action_change"]) == 2 and min(report[name]["action_change"]) > 0
+        assert all(0 < share < 1 for share in report[name]["action_high_frequencies"])
         assert report[name]["open_loop"]["k"] == list(range(7))
         assert report[name]["open_loop"]["windows"][0] == 5
         assert report[name]["posterior_kl"]["1"]["mean"] > report[name]["posterior_kl"]["0.01"]["mean"] > 0

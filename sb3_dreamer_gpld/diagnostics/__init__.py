@@ -9,8 +9,10 @@ from sb3_dreamer_gpld.diagnostics.callbacks import OpenLoopCallback, SmoothnessC
 from sb3_dreamer_gpld.diagnostics.measures import (
     RATIO_SCALE,
     SCALES,
+    ActionSmoothness,
     OpenLoop,
     Smoothness,
+    action_smoothness,
     imagined_ratios,
     jacobian_norms,
     open_loop,
@@ -28,10 +30,12 @@ from sb3_dreamer_gpld.diagnostics.video import image_key, log_video, open_loop_v
 __all__ = [
     "RATIO_SCALE",
     "SCALES",
+    "ActionSmoothness",
     "OpenLoop",
     "OpenLoopCallback",
     "Smoothness",
     "SmoothnessCallback",
+    "action_smoothness",
     "image_key",
     "imagined_ratios",
     "jacobian_norms",

@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat
 from sb3_dreamer_gpld.config import check_int, check_range
 from sb3_dreamer_gpld.diagnostics.measures import (
     OpenLoop,
+    action_smoothness,
     open_loop,
     posterior_states,
     replay_windows,
@@ -68,7 +69,8 @@ class _ReplayCallback(BaseCallback):
 
 
 class SmoothnessCallback(_ReplayCallback):
-    """Logs how smooth the world model is on replayed states, as ``smoothness/...``; see :func:`smoothness`.
+    """Logs how smooth the world model is on replayed states, and for a Box the replayed actions, as ``smoothness/...``; see
+    :func:`smoothness` and :func:`action_smoothness`.
 
     :param eval_freq: calls between two measurements (steps of each environment)
     :param n_windows: replayed windows
@@ -109,7 +111,12 @@ class SmoothnessCallback(_ReplayCallback):
             "smoothness/transition_ratio": found.transition_ratio.mean().item(),
             "smoothness/transition_ratio_max": found.transition_ratio.max().item(),
             "smoothness/input_rms": found.input_rms.mean().item(),
+            **(_of_actions(batch) if model.policy.action_spec.nvec is None else {}),
         }
+
+
+def _of_actions(batch: Batch) -> dict[str, float]:
+    return {f"smoothness/action_{name}": value for name, value in action_smoothness(batch)._asdict().items()}
 
 
 class OpenLoopCallback(_ReplayCallback):

@@ -6,6 +6,7 @@ The state of the model is s = [deter, stoch], D + C·K numbers, which is also wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -205,6 +206,36 @@ def smoothness(
         imagined_ratios(policy, deter[:rollouts], stoch[:rollouts], horizon),
         inputs.square().mean(-1).sqrt(),
     )
+
+
+class ActionSmoothness(NamedTuple):
+    """What :func:`action_smoothness` measures; NaN where there is nothing to measure.
+
+    :param change: mean of |a_t − a_{t−1}| over steps and numbers of an action, which lie in [−1, 1]
+    :param high_frequencies: share of the amplitude spectrum of the actions, their mean left out, that lies in the upper half
+        of the frequencies: 0 for slow actions, about 0.5 for white noise
+    """
+
+    change: float
+    high_frequencies: float
+
+
+def action_smoothness(batch: Batch) -> ActionSmoothness:
+    """How smooth actions in a Box are, as they were taken, after Mysore et al., "Regularizing Action Policies for Smooth
+    Control with Reinforcement Learning" (ICRA 2021, who weigh the amplitudes of a Fourier transform).
+
+    :param batch: B windows of T steps, whose actions are those before each observation
+    """
+    taken = ~batch.is_first  # (B, T): what stands before an episode's first observation is no action
+    pairs = taken[:, 1:] & taken[:, :-1]  # (B, T − 1)
+    changes = (batch.actions[:, 1:] - batch.actions[:, :-1]).abs()[pairs]  # (pairs, A)
+    whole = batch.actions[taken[:, 1:].all(1), 1:]  # (windows without an episode's start, T − 1, A)
+    share = math.nan
+    if len(whole) and whole.shape[1] >= 4:  # two frequencies
+        amplitudes = th.fft.rfft(whole - whole.mean(1, keepdim=True), dim=1).abs()[:, 1:]  # (windows, frequencies, A)
+        high, every = amplitudes[:, amplitudes.shape[1] // 2 :].sum(), amplitudes.sum()
+        share = float(high / every) if every > 0 else math.nan
+    return ActionSmoothness(float(changes.mean()), share)
 
 
 # ------------------------------------------------------------------------------------------------------------ open loop

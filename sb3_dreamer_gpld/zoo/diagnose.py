@@ -24,8 +24,10 @@ from torch import Tensor
 from sb3_dreamer_gpld.config import check_int, check_range
 from sb3_dreamer_gpld.diagnostics import (
     SCALES,
+    ActionSmoothness,
     OpenLoop,
     Smoothness,
+    action_smoothness,
     image_key,
     log_video,
     open_loop,
@@ -227,8 +229,13 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
         setup.env.close()
     episodes = [episode for each in collected.values() for episode in each]
     found = {name: measure(model, episodes, options) for name, model in setup.models.items()}
+    actions = {
+        name: [action_smoothness(episode) for episode in each]
+        for name, each in collected.items()
+        if setup.models[name].policy.action_spec.nvec is None
+    }
     returns = {name: [episode.rewards.sum().item() for episode in each] for name, each in collected.items()}
-    report = make_report(options, found, returns)
+    report = make_report(options, found, returns, actions)
     names = dict(zip(found, _labels(options), strict=True))
     with staged(options.out) as folder:
         text = json.dumps(report, indent=2, allow_nan=False)
@@ -251,7 +258,12 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
     print(f"Saved the results in {options.out}")
 
 
-def make_report(options: argparse.Namespace, found: dict[str, Measured], returns: dict[str, list[float]]) -> dict[str, Any]:
+def make_report(
+    options: argparse.Namespace,
+    found: dict[str, Measured],
+    returns: dict[str, list[float]],
+    actions: dict[str, list[ActionSmoothness]],
+) -> dict[str, Any]:
     """The results as JSON has them: plain numbers, None where there is none."""
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "gym_packages")}
     settings.update({name: str(settings[name]) for name in ("model", "baseline") if settings[name] is not None})
@@ -259,6 +271,10 @@ def make_report(options: argparse.Namespace, found: dict[str, Measured], returns
     for name, x in found.items():
         report[name] = {
             "collected_returns": returns[name],
+            **{
+                f"action_{field}": _numbers(th.tensor([getattr(each, field) for each in actions[name]]))
+                for field in (ActionSmoothness._fields if name in actions else ())
+            },
             "posterior_kl": {f"{scale:g}": _summary(kl) for scale, kl in x.smoothness.kl.items()},
             **{field: _summary(getattr(x.smoothness, field)) for field in Smoothness._fields[1:]},
             "open_loop": {
