@@ -32,6 +32,9 @@ SIZES: dict[str, dict[str, int]] = {
     "400m": dict(deter=12288, hidden=1536, classes=96, units=1536, depth=96),
 }
 
+# Nets that spectral_norm may name
+SPECTRAL_NETS = ("encoder", "posterior", "prior", "decoder", "reward", "continue", "actor", "critic")
+
 IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples of ``depth``
 MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
 
@@ -74,6 +77,14 @@ def check_range(name: str, value: Any, low: float, high: float, low_open: bool =
         raise ValueError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
 
 
+def _check_spectral_norm(nets: Any) -> None:
+    if not isinstance(nets, (tuple, list)):
+        raise ValueError(f"spectral_norm must be a list of nets ({', '.join(SPECTRAL_NETS)}), not {nets!r}")
+    for net in nets:
+        if net not in SPECTRAL_NETS:
+            raise ValueError(unknown_name("spectral_norm's net", net, SPECTRAL_NETS))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and constants of the nets (Nature 2025, Extended Data Tables; authors' release, ``configs.yaml``).
@@ -102,6 +113,7 @@ class ModelConfig:
     :param slow_value_rate: rate of the moving average of the value net, per update
     :param percentile_rate: rate of the moving average of the return percentiles, per update
     :param percentile_low, percentile_high: percentiles of the returns, in percent
+    :param spectral_norm: nets whose hidden layers are spectrally normalised, some of :data:`SPECTRAL_NETS` (not in the papers)
     :raises ValueError: a size is not allowed; the text names it
     """
 
@@ -141,6 +153,7 @@ class ModelConfig:
     percentile_rate: float = 0.01
     percentile_low: float = 5.0
     percentile_high: float = 95.0
+    spectral_norm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("deter", "hidden", "stoch", "blocks", "units", "depth", "decoder_blocks"):
@@ -163,6 +176,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a list of the units of each layer, not {getattr(self, name)!r}")
             for units in getattr(self, name) or ():
                 check_int(f"every layer of {name}", units, 1)
+        _check_spectral_norm(self.spectral_norm)
         for name in ("kernel", "bins"):
             check_int(name, getattr(self, name), 3 if name == "bins" else 1)
             if getattr(self, name) % 2 == 0:

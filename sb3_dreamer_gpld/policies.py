@@ -27,6 +27,7 @@ from sb3_dreamer_gpld.buffers import SequenceSamples
 from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
 from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
+from sb3_dreamer_gpld.nets.spectral import normalize_spectrally
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.observations import by_key
 from sb3_dreamer_gpld.optim import LaProp
@@ -114,6 +115,7 @@ class DreamerPolicy(BasePolicy):
         self.config = self._make_config()
         self.world_model = self.world_model_class(self.observation_spec, self.action_spec.size, self.config)
         self.actor_critic = self.actor_critic_class(self.action_spec, self.config)
+        normalize_spectrally(self, self.config.spectral_norm)
         planning = PlannerConfig.make(planner, self.action_spec)
         self.planner = None if planning is None else Planner(planning)
         trainable = [p for p in self.parameters() if p.requires_grad]

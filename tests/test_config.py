@@ -110,6 +110,7 @@ WRONG: dict[str, list[Any]] = {
     "percentile_rate": NO_SHARES,
     "percentile_low": [-1, 100.5, *NO_NUMBERS],
     "percentile_high": [4.9, 100.5, *NO_NUMBERS],  # percentile_low is 5
+    "spectral_norm": ["actor", ["acter"], 3, None],
 }
 
 

@@ -93,7 +93,15 @@ model.learn({steps}, reset_num_timesteps=False).save("resumed")
         (1, {}),
         (1, {"discrete": True, "penalty_random_rows": True, "penalty_rows": 2, "penalty_schedule": "linear"}),
         (2, {"learning_rate": lambda progress: 1e-3 * progress, "learning_rate_warmup": 60}),
-        (1, {"planner": {"samples": 8, "policy_samples": 2, "elites": 3, "iterations": 2}, "plan_in_training": True}),
+        (
+            1,
+            {
+                "planner": {"samples": 8, "policy_samples": 2, "elites": 3, "iterations": 2},
+                "plan_in_training": True,
+                "policy_penalty": 0.01,
+                "policy_kwargs": {"spectral_norm": ["actor", "critic", "posterior"]},
+            },
+        ),
     ],
 )
 def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Spectral normalisation of chosen nets."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from test_dreamer_gpld import BOX, RandomSpaces, tiny
+
+from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.config import SPECTRAL_NETS
+from sb3_dreamer_gpld.nets.spectral import NETS, hidden_linears
+from sb3_dreamer_gpld.policies import MlpPolicy
+
+
+def normalized(*nets: str, **kwargs: object) -> DreamerGPLD:
+    return tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(spectral_norm=list(nets)), **kwargs)
+
+
+@pytest.mark.parametrize("net", SPECTRAL_NETS)
+def test_weights_are_divided_by_their_largest_singular_value(net: str) -> None:
+    """Value and gradient against a singular value decomposition in float64, after the power iteration has converged."""
+    policy = normalized(net).policy.double()
+    for path in NETS[net]:
+        linears = list(hidden_linears(attrgetter(path)(policy)))
+        assert linears
+        for linear in linears:
+            for _ in range(3000):
+                linear.weight  # noqa: B018  (each use is a step of the power iteration)
+            linear.eval()
+            original = linear.parametrizations.weight.original
+            reference = original / th.linalg.matrix_norm(original, 2)
+            th.testing.assert_close(linear.weight, reference, rtol=1e-6, atol=1e-8)
+            if original.requires_grad:
+                probe = th.randn(original.shape, dtype=th.float64, generator=th.Generator().manual_seed(0))
+                ours, expected = (th.autograd.grad((w * probe).sum(), original)[0] for w in (linear.weight, reference))
+                th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_nets_that_are_named() -> None:
+    plain, some = normalized(), normalized("actor", "prior")
+    added = {name for name, _ in some.policy.named_parameters()} - {name for name, _ in plain.policy.named_parameters()}
+    assert added and all(name.startswith(("actor_critic.policy", "world_model.rssm.prior")) for name in added)
+    assert all("output" not in name for name in added)
+
+
+def test_a_run_with_all_of_them(tmp_path: Path) -> None:
+    """Learns, keeps the largest singular values near 1, and comes back from both kinds of files."""
+    model = normalized(*SPECTRAL_NETS, policy_penalty=0.1, prior_penalty=0.1, actor_gradient="dynamics").learn(60)
+    assert model._n_updates > 0
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy.pt")
+    for path in (path for net in SPECTRAL_NETS for path in NETS[net]):
+        for linear in hidden_linears(attrgetter(path)(model.policy)):
+            assert th.linalg.matrix_norm(linear.weight.detach(), 2) == pytest.approx(1.0, abs=0.1)
+    observations, start = np.random.default_rng(0).uniform(-1, 1, (2, 3)).astype(np.float32), np.ones(2, bool)
+    actions, _ = model.predict(observations, episode_start=start, deterministic=True)
+    loaded = DreamerGPLD.load(tmp_path / "model", device="cpu"), MlpPolicy.load(tmp_path / "policy.pt", device="cpu")
+    for each in loaded:
+        np.testing.assert_array_equal(each.predict(observations, None, start, deterministic=True)[0], actions)
+
+
+@pytest.mark.parametrize(
+    ("nets", "text"),
+    [
+        (["acter"], "spectral_norm's net 'acter' does not exist. Did you mean 'actor'"),
+        ("actor", "spectral_norm must be a list of nets"),
+    ],
+)
+def test_wrong_nets(nets: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(spectral_norm=nets))
+
+
+def test_nets_that_this_policy_does_not_have() -> None:
+    image = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="this policy's decoder has no hidden layers that could be normalised"):
+        tiny(RandomSpaces(image, BOX), policy_kwargs=dict(spectral_norm=["decoder"]))
