@@ -45,7 +45,7 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = 
     :param kind: what it should be the name of
     :param name: what was given
     :param allowed: those that exist
-    :param brief: list these only if none is close to the name and they are fewer than 50, in alphabetical order
+    :param brief: list these only if none is close to the name and they are fewer than 100, in alphabetical order
     """
     allowed = [str(each) for each in allowed]
     close = difflib.get_close_matches(str(name), allowed, n=1)
@@ -55,7 +55,7 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = 
         return f"{text}.{hint} Allowed: {', '.join(allowed)}."
     if close:
         return f"{text}.{hint}"
-    return f"{text}. Allowed: {', '.join(sorted(allowed))}" if len(allowed) < 50 else text
+    return f"{text}. Allowed: {', '.join(sorted(allowed))}" if len(allowed) < 100 else text
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:

@@ -155,7 +155,7 @@ class ActorCritic(SteppedModule):
 
         log_prob, entropy = self.distribution.log_prob_and_entropy(rollouts.outputs, rollouts.actions)  # (H, N)
         gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()
-        rise = self._updated_ent_coef_rise(self.gather(entropy.detach().mean(0)), objective.target_entropy)
+        rise = self._updated_ent_coef_rise(self.gather(entropy.detach()), objective.target_entropy)
         ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
         policy_loss = -weight * (gain + ent_coef * entropy)
         returns, slow_value, advantage = returns.detach(), slow_value.detach(), advantage.detach()
@@ -334,7 +334,7 @@ class ActorCritic(SteppedModule):
         One that may sink first comes too late: with gradients through the dynamics the entropy falls within hundreds of
         updates.
 
-        :param entropy: of the policy, mean over each rollout, (N,)
+        :param entropy: of the policy along the rollouts, (H, N)
         :param target: in nats; None: the coefficient stays
         :return: scalar
         """

@@ -167,7 +167,9 @@ def goes_on(folder: str | None, every: int | None) -> Iterator[None]:
     """Within, the training script of rl_zoo3 makes an :class:`Experiment`; arguments as there."""
     first = parallel.current().is_first
     silent = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
-    experiment = functools.partial(Experiment, folder=folder, every=every)
+    base = rl_zoo3.train.ExperimentManager  # which tolerant_studies may have replaced
+    kind = Experiment if base is ExperimentManager else type("Experiment", (Experiment, base), {})
+    experiment = functools.partial(kind, folder=folder, every=every)
     with mock.patch.object(rl_zoo3.train, "ExperimentManager", experiment), silent:
         yield
 
