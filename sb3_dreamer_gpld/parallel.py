@@ -12,7 +12,9 @@ one.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(hours=2)  # with a process that does not answer: the first one may be evaluating
+SETTLING_SECONDS = 0.3  # between the last exchange and the end
 SEED_STRIDE = 7919  # between the seeds of two processes, whose environments count on from there
 
 
@@ -134,5 +137,8 @@ def _join() -> None:
 
 
 def _leave() -> None:
+    """At the process's end: gloo's threads must be done with the last exchange, and must end before the interpreter does."""
     if dist.is_initialized():
+        gc.collect()
+        time.sleep(SETTLING_SECONDS)
         dist.destroy_process_group()
