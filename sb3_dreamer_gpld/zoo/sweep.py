@@ -161,7 +161,7 @@ def make_run(run: SweepRun, words: list[str], threads: int, here: str, report: A
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=here, preexec_fn=_die_with_the_parent
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=here, preexec_fn=DIE_WITH_PARENT
         )
         try:
             while process.poll() is None:
@@ -177,9 +177,11 @@ def make_run(run: SweepRun, words: list[str], threads: int, here: str, report: A
 
 
 def _die_with_the_parent() -> None:
-    """On Linux: Ray may be killed, and the same command makes the run again."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Ray may be killed, and the same command makes the run again."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+DIE_WITH_PARENT = _die_with_the_parent if sys.platform == "linux" else None
 
 
 def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
