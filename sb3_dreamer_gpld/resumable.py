@@ -189,11 +189,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 pickle.dump({name: getattr(normalize, name) for name in STATISTICS}, statistics)
         self.save(file)
         self._saved = told
-        self.processes.sums([0.0])  # nobody removes before all files are there
-        for other in _saved_runs(folder):
-            if other != file:
-                for part in (*_files_of_run(other, self.processes), _statistics_of_run(other)):
-                    part.unlink(missing_ok=True)
+        others = [other for other in _saved_runs(folder) if other != file]
+        self.processes.sums([0.0])  # nobody removes before all files are there, and all have seen what there was
+        for other in others:
+            for part in (*_files_of_run(other, self.processes), _statistics_of_run(other)):
+                part.unlink(missing_ok=True)
         return file
 
     @classmethod
