@@ -154,7 +154,7 @@ def check_environments(algorithm: DreamerGPLD) -> None:
     """
     processes = algorithm.processes
     n_envs = algorithm.n_envs
-    if processes.sums([n_envs])[0] != n_envs * processes.size or processes.sums([n_envs**2])[0] != n_envs**2 * processes.size:
+    if processes.sums([n_envs, n_envs**2]) != [n_envs * processes.size, n_envs**2 * processes.size]:
         raise ValueError(
             f"Process {processes.rank} has {n_envs} environments, and not every process as many; allowed: the same number in "
             "each"

@@ -218,6 +218,25 @@ def test_resume_is_exact_and_checkpoints_have_the_share_of_every_process(tmp_pat
     assert "model.rank1.pt is missing, the share of process 1 of 2" in missing[1]
 
 
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path: Path) -> None:
+    """Before any of them has changed its parameters."""
+    script = """
+    model = tiny(RandomSpaces(BOX, BOX), train_ratio=0).learn(100, log_interval=None)
+    if rank == 1:
+        model.replay_buffer.rewards[:] = np.nan
+    before = [x.clone() for x in model.policy.parameters()]
+    try:
+        model.train(1, 4)
+    except FloatingPointError as error:
+        print("FAULT", error)
+    assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters()))
+    """
+    done = torchrun(script, tmp_path)
+    faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
+    assert done.returncode == 0 and len(faults) == 2, done.stdout + done.stderr
+    assert len(set(faults)) == 1 and "reward" in faults[0]
+
+
 # ---------------------------------------------------------------------------------------------------- wrong input
 
 

@@ -183,10 +183,9 @@ class BoundedNormal:
 
     def score(self, outputs: Tensor, action: Tensor) -> Tensor:
         """:return: gradient of the log-density of given actions (..., A) in the outputs, (..., 2·A)"""
-        raw_mean, raw_std = outputs.split(self.size, -1)
         mean, std = self.parameters(outputs)
-        gate, error = th.sigmoid(raw_std + 2.0), (action - mean) / std
-        of_mean = error / std * (1.0 - th.tanh(raw_mean).square())
+        gate, error = th.sigmoid(outputs[..., self.size :] + 2.0), (action - mean) / std
+        of_mean = error / std * (1.0 - mean.square())
         of_std = (error.square() - 1.0) / std * (self.max_std - self.min_std) * gate * (1.0 - gate)
         return th.cat([of_mean, of_std], -1)
 

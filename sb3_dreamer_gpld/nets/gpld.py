@@ -51,10 +51,7 @@ def row_penalty(
     :param rows: indices of the penalised rows, (R,); None: all, R = K
     :return: (n,), differentiable once, in every parameter and in the inputs; autocast must be off
     """
-    x, local = inputs, []
-    for layer in layers:
-        x, at = forward(layer, x)
-        local.append(at)
+    x, local = _through(layers, inputs)
     weight = output[0].view(classes, -1, x.shape[-1]).transpose(0, 1)  # (K, C, h)
     bias = output[1].view(classes, -1).T  # (K, C)
     if rows is not None:
@@ -67,6 +64,15 @@ def row_penalty(
         v = p * (probes - (p * probes).sum(-1, keepdim=True))  # (R, n, C)
         squares = probed_squares(weight, v, layers, local)  # (R, n)
     return (1.0 - unimix) ** 2 * squares.mean(0)
+
+
+def _through(layers: Sequence[Layer], inputs: Tensor) -> tuple[Tensor, list[Local]]:
+    """:return: the last layer's output (n, h), and what the transposed Jacobian of each needs"""
+    x, local = inputs, []
+    for layer in layers:
+        x, at = forward(layer, x)
+        local.append(at)
+    return x, local
 
 
 def probed_squares(weight: Tensor, v: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
@@ -140,10 +146,7 @@ def squared_gradient(layers: Sequence[Layer], weight: Tensor, inputs: Tensor, co
     :param cotangents: v, (n, O)
     :return: (n,), differentiable once, in every parameter, in the inputs and in v; autocast must be off
     """
-    x, local = inputs, []
-    for layer in layers:
-        x, at = forward(layer, x)
-        local.append(at)
+    _, local = _through(layers, inputs)
     d = cotangents @ weight  # (n, h)
     if not layers:
         return d.square().sum(-1)

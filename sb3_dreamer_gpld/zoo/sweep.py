@@ -82,7 +82,7 @@ def parse(args: list[str]) -> argparse.Namespace:
         nargs="+",
         default=["gpld"],
         metavar="ARM",
-        help=f"{', '.join(ARMS)}, or entries of --arms-file (default: gpld)",
+        help=f"{', '.join(ARMS)}, or entries of --arms-file, with spaces or commas between (default: gpld)",
     )
     parser.add_argument("--arms-file", help="YAML file: a name for each arm, and the arguments in which it differs")
     parser.add_argument("-conf", "--conf-file", help="file of hyperparameters (default: dreamer_gpld.yml)")
@@ -96,7 +96,9 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=3, help="of a run that fails or whose node dies (default: 3)")
     parser.add_argument("--address", help='of a Ray cluster, "auto" for the one that runs here (default: this machine alone)')
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    options.arms = [arm for word in options.arms for arm in word.split(",")]
+    return options
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -239,7 +241,7 @@ def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> 
 
     def trainable(config: dict[str, Any]) -> None:
         run, words = by_name[config["run"]]
-        make_run(run, words, threads, here, lambda progress: tune.report(progress))
+        make_run(run, words, threads, here, tune.report)
 
     # Ray's workers need nothing of this package, which takes long to import: the runs are processes of their own.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])

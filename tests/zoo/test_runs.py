@@ -193,6 +193,11 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert not Path("sweep").exists()
 
 
+def test_arms_are_written_with_spaces_or_commas() -> None:
+    for words in (["gpld,v3", "wide"], ["gpld", "v3", "wide"]):
+        assert sweep.parse(["--tasks", "Pendulum-v1", "--arms", *words]).arms == ["gpld", "v3", "wide"]
+
+
 def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'a sweep needs Ray: pip install "sb3-dreamer-gpld\[ray\]"'):
