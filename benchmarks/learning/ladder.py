@@ -75,6 +75,7 @@ class Arm(NamedTuple):
     :param settings: arguments of the algorithm
     :param action_repeat: simulator steps for each step of the agent
     :param target_entropy: nats for each action number; None: as in the settings
+    :param decay_frames: frames over which the learning rates fall linearly to a tenth, episode by episode; None: they stay
     :param unavailable: why it cannot be run any more; None: it can
     """
 
@@ -82,6 +83,7 @@ class Arm(NamedTuple):
     settings: dict[str, Any]
     action_repeat: int
     target_entropy: float | None
+    decay_frames: int | None
     unavailable: str | None
 
     @property
@@ -130,8 +132,8 @@ def read_arms() -> dict[str, Arm]:
     arms = {}
     for name in entries:
         values = settings(name)
-        own = (values.pop("action_repeat", 2), values.pop("target_entropy_per_number", None), values.pop("unavailable", None))
-        arms[name] = Arm(name, values, *own)
+        own = {"action_repeat": 2, "target_entropy_per_number": None, "decay_frames": None, "unavailable": None}
+        arms[name] = Arm(name, values, *(values.pop(key, default) for key, default in own.items()))
     return arms
 
 
@@ -191,6 +193,7 @@ def run(job: Job, folder: Path) -> None:
     log = LastValues()
     model.set_logger(Logger(None, [log]))
     while frames < job.frames:
+        set_learning_rates(model, arm, frames)
         start = time.process_time()
         model.learn(EPISODE_FRAMES // arm.action_repeat, reset_num_timesteps=False, log_interval=1)
         seconds += time.process_time() - start
@@ -202,6 +205,17 @@ def run(job: Job, folder: Path) -> None:
             model.save(checkpoint)
             write_csv(job.file, rows, DIGITS)
     evaluate(model, arm, job, frames)
+
+
+def set_learning_rates(model: OffPolicyAlgorithm, arm: Arm, frames: int) -> None:
+    """Those of an arm after some frames, where they fall."""
+    if arm.decay_frames is None:
+        return
+    share = 1.0 - 0.9 * min(1.0, frames / arm.decay_frames)
+    for name in ("learning_rate", "actor_learning_rate"):
+        if arm.settings.get(name) is not None:
+            setattr(model, name, arm.settings[name] * share)
+    model._setup_lr_schedule()
 
 
 def evaluate(model: OffPolicyAlgorithm, arm: Arm, job: Job, frames: int) -> None:
