@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dreamer_gpld import parallel
@@ -28,17 +28,33 @@ from sb3_dreamer_gpld.config import (
     entropy_target,
 )
 from sb3_dreamer_gpld.envs import check_finite, check_normalization, naming_environments, registered
-from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES
+from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.pace import Pace, tell, warn_if_too_short
 from sb3_dreamer_gpld.planning import PlannerConfig
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
+from sb3_dreamer_gpld.replay.refresh import LatentRefresh
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
 from sb3_dreamer_gpld.saving import restore_rng
+from sb3_dreamer_gpld.transfer import to_device, to_host
 
 PUBLISHED_STEPS = 16 * 64  # that an update replays
+
+
+class ActingInputs(NamedTuple):
+    """What a step of acting depends on.
+
+    :param observation: of E environments
+    :param state: after the step before
+    :param is_first: the observation starts an episode, bool (E,)
+    """
+
+    observation: PyTorchObs
+    state: RecurrentState
+    is_first: th.Tensor
+
 
 SelfDreamerGPLD = TypeVar("SelfDreamerGPLD", bound="DreamerGPLD")
 
@@ -227,6 +243,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
         self.update_ratio = UpdateRatio()
         self._state: RecurrentState | None = None
+        self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
         self.num_frames = 0
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
@@ -358,15 +375,28 @@ class DreamerGPLD(ResumableAlgorithm):
         self.num_timesteps += n_envs * (self.processes.size - 1)  # those of the other processes; SB3 adds its own
         observation, _ = self.policy.obs_to_tensor(self._last_obs)
         is_first = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device)
-        self._state = self.policy.act(observation, self._state, is_first, planned=self.plan_in_training)
+        inputs = ActingInputs(observation, self._state, is_first)
+        self._state, latent = self.learner.execution.run_whole(self._act, self._acting_key, inputs)
         if action_noise is not None and self.policy.action_spec.nvec is None:
-            noise = th.as_tensor(np.asarray(action_noise(), dtype=np.float32), device=self.device)
+            noise = to_device(np.asarray(action_noise(), dtype=np.float32), self.device)
             noisy = self._state.action + noise.view_as(self._state.action)
             self._state = self._state._replace(action=noisy.clamp(-1.0, 1.0))
-        action = self.policy.to_env_action(self._state.action)
-        if self.policy.action_spec.nvec is None:
-            return action, self._state.action.cpu().numpy()
-        return action, action
+        # One wait for the device a step: for the action, and what is stored with it
+        action, *self._latents = to_host(self._state.action, self._state.deter, latent).arrays()
+        taken = self.policy.to_env_action(th.from_numpy(action))
+        return taken, action if self.policy.action_spec.nvec is None else taken
+
+    def _act(self, inputs: ActingInputs) -> tuple[RecurrentState, th.Tensor]:
+        """One step of acting, on the device.
+
+        :return: state after it, and the class indices of its stochastic part, (E, K)
+        """
+        state = self.policy.act(*inputs, planned=self.plan_in_training)
+        return state, state.stoch.argmax(-2)
+
+    def _acting_key(self) -> object:
+        """What a recorded :meth:`_act` takes for granted."""
+        return self.plan_in_training, self.planner, addresses(self.policy)
 
     def _store_transition(
         self,
@@ -380,9 +410,7 @@ class DreamerGPLD(ResumableAlgorithm):
         check_finite(self.num_timesteps, new_obs, reward, infos)
         assert isinstance(replay_buffer, SequenceReplayBuffer) and self._state is not None
         assert self._last_episode_starts is not None
-        replay_buffer.stage(
-            self._last_episode_starts, self._state.deter.cpu().numpy(), self._state.stoch.argmax(-2).cpu().numpy()
-        )
+        replay_buffer.stage(self._last_episode_starts, *self._latents)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         frames = sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
         self.num_frames += frames * self.processes.size
@@ -560,12 +588,13 @@ class DreamerGPLD(ResumableAlgorithm):
         learner.config = self._learner_config()
         learner.faults.clear()
         rates = [schedule(self._current_progress_remaining) for schedule in self._lr_schedules]
+        refresh = LatentRefresh(self.replay_buffer, late=self.device.type != "cpu")
         for _ in range(gradient_steps):
             samples = self.replay_buffer.sample(self.processes.share("batch_size", batch_size), env=self._vec_normalize_env)
-            batch = self.policy.to_batch(samples)
-            states = learner.update(batch, learner.draw(*batch.rewards.shape), self._n_updates, rates)
+            states = learner.update(self.policy.to_batch(samples), None, self._n_updates, rates)
             self._n_updates += 1
-            self.replay_buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
+            refresh.add(samples, states)
+        refresh.finish()
         learner.faults.raise_faults()
         for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
             self.logger.record(f"train/{name}", group["lr"])
@@ -586,7 +615,16 @@ class DreamerGPLD(ResumableAlgorithm):
             super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["_state", "_exploration", "_lr_schedules", "learner", "update_ratio", "_update_seconds", "_logged_at"]
+        own = [
+            "_state",
+            "_latents",
+            "_exploration",
+            "_lr_schedules",
+            "learner",
+            "update_ratio",
+            "_update_seconds",
+            "_logged_at",
+        ]
         return [*super()._excluded_save_params(), *own]
 
     def _run_state(self) -> dict[str, Any]:

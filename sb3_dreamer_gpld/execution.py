@@ -1,20 +1,30 @@
-"""How the update is executed: precision and compilation. Neither changes what is computed beyond rounding."""
+"""How updates and steps of acting are executed: precision, compilation, and recording as CUDA graphs.
+
+None of them changes what is computed beyond rounding.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch as th
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from sb3_dreamer_gpld.nets.steps import Runner, SteppedModule
 
 # Compiling takes one to four minutes on two processor cores and saves a good part of each update of some hundred
 # milliseconds, so it pays after about so many updates.
 AUTO_COMPILE_UPDATES = 2000
+
+
+# Calls of a function before it is recorded: kernels are made and chosen, and memory is laid out, at the first ones.
+CALLS_BEFORE_RECORDING = 3
+
+ALL_ROWS = 2**40  # more states than any update has
 
 
 def resolve_precision(precision: str, device: th.device) -> th.dtype:
@@ -53,10 +63,14 @@ class Execution(Runner):
     """Runs the steps of one model's nets, compiled if :meth:`compile` was called. It is the runner of all of them.
 
     :param net: the policy, or any module with :class:`~sb3_dreamer_gpld.nets.steps.SteppedModule` in it
+    :param device: of the net. A GPU computes all predictions together: it has no cache to fill, and each kernel costs
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, net: nn.Module, device: th.device) -> None:
+        super().__init__(**({} if device.type == "cpu" else {"chunk_rows": ALL_ROWS}))
+        self.device = device
+        self.recorder: Recorder | None = None  # None: functions run as they are, whole or not
+        self._recorded: dict[str, Recorded] = {}
         self.compiled = False
         self.failed = False  # one failure is enough: the others would fail for the same reason
         self._left_out: Collection[str] = ()
@@ -66,11 +80,26 @@ class Execution(Runner):
             module.runner = self
 
     def compile(self, leave_out: Collection[str] = ()) -> None:
-        """Compile every step at its first call from now on.
+        """Compile every step at its first call from now on; on a GPU, record whole functions as CUDA graphs as well.
 
         :param leave_out: names of steps that stay as they are
         """
         self.compiled, self._left_out = True, leave_out
+        if self.device.type == "cuda":
+            self.recorder = CudaGraphs(self.device)
+
+    def run_whole(self, function: Callable[[Any], Any], key: Callable[[], Any], inputs: Any) -> Any:
+        """Run a function of tensors, as a CUDA graph where that is recorded.
+
+        :param function: depends on nothing but its inputs, what ``key`` names, and the device's random numbers; reads no value
+        :param key: gives what a recording takes for granted, to be compared by ==; None if there can be none
+        :param inputs: tensors in named tuples and dicts
+        :return: what the function returns; where it was recorded, in memory that the next call overwrites
+        """
+        if self.recorder is None:
+            return function(inputs)
+        recorded = self._recorded.setdefault(function.__name__, Recorded(self.recorder))
+        return recorded(function, (key(), self.compiled, self.failed, self._left_out), inputs)
 
     def __call__(self, function: Callable[..., Any], net: nn.Module, *args: Any) -> Any:
         name = function.__name__
@@ -99,6 +128,103 @@ class Execution(Runner):
             yield
         finally:
             self.compiled = before
+
+
+class Recorder(Protocol):
+    """A way to run a function once and its operations again and again."""
+
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> Any:
+        """Run a function that is to be recorded later, where that will be done."""
+
+    def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
+        """Note a function's operations without their effects.
+
+        :return: where its results will lie, and what does the operations again
+        """
+
+
+class CudaGraphs:
+    """Records CUDA graphs. Random numbers of the device's own generator are drawn anew by each replay.
+
+    :param device: a GPU
+    """
+
+    def __init__(self, device: th.device) -> None:
+        self.stream = th.cuda.Stream(device)
+
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> Any:
+        self.stream.wait_stream(th.cuda.current_stream())
+        with th.cuda.stream(self.stream):
+            outputs = function(inputs)
+        th.cuda.current_stream().wait_stream(self.stream)
+        return outputs
+
+    def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
+        graph = th.cuda.CUDAGraph()
+        with th.cuda.graph(graph, stream=self.stream):
+            outputs = function(inputs)
+        return outputs, graph.replay
+
+
+class Recording(NamedTuple):
+    """A function that was recorded.
+
+    :param inputs: its input tensors, to be filled
+    :param outputs: what it returned, overwritten by each replay
+    :param replay: runs it on what the inputs hold
+    """
+
+    inputs: list[Tensor]
+    outputs: Any
+    replay: Callable[[], object]
+
+
+class Recorded:
+    """One function, recorded once it has been called a few times with the same key and the same shapes.
+
+    With others it is recorded anew; if that fails once, it runs as it is from then on.
+
+    :param recorder: makes the recordings
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.recording: Recording | None = None
+        self._made_for: Any = None
+        self._calls, self._failed = 0, False
+
+    def __call__(self, function: Callable[[Any], Any], key: Any, inputs: Any) -> Any:
+        """Arguments as in :meth:`Execution.run_whole`; ``key`` as it is now, its first part None where there is none."""
+        if self._failed or key[0] is None:
+            return function(inputs)
+        leaves, structure = tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        form = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if (key, structure, form) != self._made_for:
+            self._made_for, self._calls, self.recording = (key, structure, form), 0, None
+        if self.recording is None:
+            self._calls += 1
+            if self._calls <= CALLS_BEFORE_RECORDING:
+                return self.recorder.aside(function, inputs)
+            own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+            try:
+                outputs, replay = self.recorder.record(function, own)
+            except Exception as error:
+                self._failed = True
+                name = function.__name__.strip("_")
+                warnings.warn(
+                    f"Recording {name!r} as a CUDA graph failed, so training goes on without: {str(error)[:500]}", stacklevel=4
+                )
+                return function(inputs)
+            self.recording = Recording([leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)], outputs, replay)
+        th._foreach_copy_(self.recording.inputs, tensors)
+        self.recording.replay()
+        return self.recording.outputs
+
+
+def addresses(*modules: nn.Module) -> tuple[int, ...]:
+    """Where the parameters and buffers of some nets lie."""
+    return tuple(x.data_ptr() for module in modules for part in (module.parameters(), module.buffers()) for x in part)
 
 
 @contextmanager

@@ -10,14 +10,15 @@ Source: Hafner et al., Nature 2025 (Methods), and the authors' release, ``agent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch as th
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import PenaltyConfig
-from sb3_dreamer_gpld.execution import Execution, resolve_precision
+from sb3_dreamer_gpld.execution import Execution, addresses, resolve_precision
 from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
 from sb3_dreamer_gpld.nets.gpld import penalty_weight
 from sb3_dreamer_gpld.nets.rssm import States
@@ -25,6 +26,7 @@ from sb3_dreamer_gpld.nets.world_model import Batch, PenaltyWeights, Term, World
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 from sb3_dreamer_gpld.policies import DreamerPolicy
+from sb3_dreamer_gpld.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ class Loss(NamedTuple):
         return {name: term.value for name, term in self.terms.items()}
 
 
+class Inputs(NamedTuple):
+    """All that differs between two updates, on the device.
+
+    :param batch: replayed sequences
+    :param draws: random numbers; None: they are drawn where they are needed
+    :param rates: learning rates of the optimiser's groups, (groups,)
+    :param weights: λ of the penalties, scalars
+    """
+
+    batch: Batch
+    draws: Draws | None
+    rates: Tensor
+    weights: PenaltyWeights
+
+
+class Outcome(NamedTuple):
+    """What an update leaves beside the changed parameters, on the device.
+
+    :param states: posterior states of the batch, without gradient
+    :param names: of the metrics
+    :param metrics: to log, (metrics,)
+    :param checked: names of what must be finite
+    :param not_finite: whether it is not, bool (checked,)
+    """
+
+    states: States
+    names: tuple[str, ...]
+    metrics: Tensor
+    checked: tuple[str, ...]
+    not_finite: Tensor
+
+
 class Learner:
     """Updates the nets of a policy.
 
@@ -85,7 +119,7 @@ class Learner:
     def __init__(self, policy: DreamerPolicy, config: LearnerConfig, processes: Processes = ALONE) -> None:
         self.policy, self.config, self.processes = policy, config, processes
         policy.actor_critic.gather = processes.gather
-        self.execution = Execution(policy)
+        self.execution = Execution(policy, policy.device)
         self.metrics = MetricMeans()
         self.faults = FiniteGuard()
 
@@ -97,48 +131,91 @@ class Learner:
             self.policy.actor_critic.draw(sequences * starts, self.config.imagination_horizon),
         )
 
-    def update(self, batch: Batch, draws: Draws, number: int, learning_rates: Sequence[float]) -> States:
+    def update(self, batch: Batch, draws: Draws | None, number: int, learning_rates: Sequence[float]) -> States:
         """One update of all parameters, without waiting for the device anywhere.
 
         A loss or gradient that is not finite leaves the parameters as they are; :attr:`faults` tells.
 
         :param batch: replayed sequences
-        :param draws: random numbers
+        :param draws: random numbers; None: those of :meth:`draw`
         :param number: updates made before this one
         :param learning_rates: of the optimiser's groups, before the warm-up
-        :return: posterior states of the batch without gradient, with which the stored ones are refreshed
+        :return: posterior states of the batch without gradient, with which the stored ones are refreshed; they may be
+            overwritten by the next update
         """
-        policy = self.policy
-        warmup = self.config.learning_rate_warmup
-        for group, rate in zip(policy.optimizer.param_groups, learning_rates, strict=True):
+        outcome: Outcome = self.execution.run_whole(self.step, self._key, self.inputs(batch, draws, number, learning_rates))
+        self.faults.note(number, outcome.checked, outcome.not_finite)
+        self.metrics.add(outcome.names, outcome.metrics)
+        return outcome.states
+
+    def inputs(self, batch: Batch, draws: Draws | None, number: int, learning_rates: Sequence[float]) -> Inputs:
+        """What an update depends on; arguments as in :meth:`update`. The optimiser is told its learning rates, too."""
+        warmup, penalty, groups = self.config.learning_rate_warmup, self.config.penalty, self.policy.optimizer.param_groups
+        for group, rate in zip(groups, learning_rates, strict=True):
             group["lr"] = rate * (min(1.0, number / warmup) if warmup else 1.0)
+        rates = [group["lr"] for group in groups]
+        weights = [penalty_weight(penalty, start, number) for start in (penalty.posterior, penalty.prior)]
+        numbers = to_device(np.array([*rates, *weights], dtype=np.float32), self.policy.device)
+        used = [
+            number if start else None for number, start in zip(numbers[-2:], (penalty.posterior, penalty.prior), strict=True)
+        ]
+        return Inputs(batch, draws, numbers[: len(rates)], PenaltyWeights(*used))
+
+    def step(self, inputs: Inputs) -> Outcome:
+        """One update, all of it on the device: it may be recorded, and run again with other numbers in the same inputs."""
+        policy, batch = self.policy, inputs.batch
+        draws = self.draw(*batch.rewards.shape) if inputs.draws is None else inputs.draws
         dtype = resolve_precision(self.config.precision, policy.device)
         with th.autocast(policy.device.type, dtype, enabled=dtype != th.float32):
-            result = self.loss(batch, draws, number)
+            result = self.weighted_loss(batch, draws, inputs.weights)
         policy.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         grads = [p.grad for p in policy.parameters() if p.grad is not None]
         means = {name: mean(term.value.detach()) for name, term in result.terms.items()}
         self.processes.average_([*grads, *means.values(), *result.metrics.values(), result.total.detach()])
         grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
-        fault = self.faults.check(number, {**means, "the gradient": grad_norm})
+        checked = {**means, "the gradient": grad_norm}
+        not_finite = ~th.isfinite(th.stack(list(checked.values())))  # (checked,)
+        fault = not_finite.any()
         for grad in grads:
             grad.masked_fill_(fault, 0.0)
         if isinstance(policy.optimizer, LaProp):  # any other goes on with its momentum alone
-            policy.optimizer.found_inf = fault.float()
+            policy.optimizer.found_inf, policy.optimizer.rates = fault.float(), inputs.rates
         policy.optimizer.step()
+        if isinstance(policy.optimizer, LaProp):
+            policy.optimizer.found_inf = policy.optimizer.rates = None
         policy.actor_critic.update_slow_value(1.0 - fault.float())
         policy.actor_critic.keep(result.running, fault)
-        self.metrics.add(self._logged(result, means, grad_norm))
-        return States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
+        metrics = self._logged(result, means, grad_norm)
+        states = States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
+        logged = th.stack([metric.float() for metric in metrics.values()])  # (metrics,)
+        return Outcome(states, tuple(metrics), logged, tuple(checked), not_finite)
+
+    def _key(self) -> object:
+        """What a recorded :meth:`step` takes for granted: settings, and where all that it changes lies.
+
+        :return: None: it cannot be recorded
+        """
+        policy = self.policy
+        if not isinstance(policy.optimizer, LaProp) or self.processes.size > 1:
+            return None  # others have Python numbers in their steps
+        config = replace(self.config, penalty=replace(self.config.penalty, start=0), learning_rate_warmup=0)
+        groups = [
+            {name: x for name, x in group.items() if name not in ("params", "lr")} for group in policy.optimizer.param_groups
+        ]
+        trained = [parameter.requires_grad for parameter in policy.parameters()]
+        states = policy.optimizer.state.values()
+        return config, groups, trained, addresses(policy), [x.data_ptr() for state in states for x in state.values()]
 
     def loss(self, batch: Batch, draws: Draws, number: int) -> Loss:
         """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
-        world_model, actor_critic, objective = self.policy.world_model, self.policy.actor_critic, self.config.objective
         penalty = self.config.penalty
-        weights = PenaltyWeights(
-            *(penalty_weight(penalty, start, number) if start else None for start in (penalty.posterior, penalty.prior))
-        )
+        weights = (penalty_weight(penalty, start, number) if start else None for start in (penalty.posterior, penalty.prior))
+        return self.weighted_loss(batch, draws, PenaltyWeights(*weights))
+
+    def weighted_loss(self, batch: Batch, draws: Draws, weights: PenaltyWeights) -> Loss:
+        """:meth:`loss` with the λ of the penalties, numbers or scalars on the device."""
+        world_model, actor_critic, objective = self.policy.world_model, self.policy.actor_critic, self.config.objective
         terms, states = world_model.loss(batch, draws.world_model, weights, objective.gamma)
         more, metrics, running = actor_critic.loss(world_model, batch, states, draws.imagination, objective)
         terms = {**terms, **more}
@@ -151,8 +228,8 @@ class Learner:
         values = {"loss/total": result.total.detach(), "train/grad_norm": grad_norm}
         for name, term in result.terms.items():
             values[term.logged_as or f"loss/{name.rstrip('/')}"] = means[name]
-            if term.logged_as:
-                values[f"{term.logged_as.removesuffix('_penalty')}_lambda"] = th.as_tensor(term.weight)
+            if term.logged_as and isinstance(term.weight, Tensor):
+                values[f"{term.logged_as.removesuffix('_penalty')}_lambda"] = term.weight
         values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
         return values
 
@@ -161,20 +238,27 @@ class MetricMeans:
     """Means of metrics over updates; nothing is read from the device before they are taken."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        # Of updates with the same metrics: their sums, (metrics,), and how many updates there were
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """The metrics of an update, scalars."""
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+    def add(self, names: tuple[str, ...], values: Tensor) -> None:
+        """The metrics of an update.
+
+        :param names: of the metrics
+        :param values: (metrics,); may be overwritten later
+        """
+        total, count = self._sums.get(names, (0.0, 0))
+        self._sums[names] = total + values, count + 1
 
     def take(self) -> dict[str, float]:
-        """Means since the last time, which begin anew."""
-        means = {name: total.item() / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return means
+        """Means over the updates that had them since the last time, which begin anew."""
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for names, (total, count) in self._sums.items():
+            for name, value in zip(names, to_host(total).arrays()[0].tolist(), strict=True):
+                sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
+        self._sums = {}
+        return {name: value / counts[name] for name, value in sums.items()}
 
 
 class FiniteGuard:
@@ -184,16 +268,14 @@ class FiniteGuard:
         # Of each update since the last look: its number, what was looked at, and flags of what was not finite
         self._seen: list[tuple[int, tuple[str, ...], Tensor]] = []
 
-    def check(self, number: int, values: Mapping[str, Tensor]) -> Tensor:
+    def note(self, number: int, checked: tuple[str, ...], not_finite: Tensor) -> None:
         """Remember what is not finite in an update.
 
         :param number: of the update
-        :param values: scalars by name
-        :return: whether anything is not, bool scalar
+        :param checked: names of what was looked at, the gradient the last
+        :param not_finite: bool (checked,); may be overwritten later
         """
-        flags = ~th.isfinite(th.stack(list(values.values())))
-        self._seen.append((number, tuple(values), flags))
-        return flags.any()
+        self._seen.append((number, checked, not_finite.clone()))
 
     def clear(self) -> None:
         self._seen = []
@@ -204,16 +286,18 @@ class FiniteGuard:
         :raises FloatingPointError: names the first update with a loss or gradient that was not finite, and the losses
         """
         seen, self._seen = self._seen, []
-        if not seen or not th.stack([flags for _, _, flags in seen]).any():
+        if not seen:
             return
-        number, names, flags = next(entry for entry in seen if entry[2].any())
-        *losses, gradient = names
-        bad = [name for name, flag in zip(losses, flags.tolist(), strict=False) if flag]
-        what = f"the losses {', '.join(bad)}" if bad else gradient
-        raise FloatingPointError(
-            f"Update {number}: {what} became not finite; the parameters were not changed. "
-            "Look for extreme rewards or observations, or lower the learning rate"
-        )
+        found = to_host(*(flags for _, _, flags in seen)).arrays()
+        for (number, names, _), flags in zip(seen, found, strict=True):
+            if flags.any():
+                *losses, gradient = names
+                bad = [name for name, flag in zip(losses, flags.tolist(), strict=False) if flag]
+                what = f"the losses {', '.join(bad)}" if bad else gradient
+                raise FloatingPointError(
+                    f"Update {number}: {what} became not finite; the parameters were not changed. "
+                    "Look for extreme rewards or observations, or lower the learning rate"
+                )
 
 
 class UpdateRatio:

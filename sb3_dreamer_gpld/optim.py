@@ -32,10 +32,12 @@ class LaProp(th.optim.Optimizer):
     :raises ValueError: a hyperparameter is out of range
 
     As torch's gradient scaler does it, ``found_inf`` may be set to a scalar tensor before a step: 1 makes the step leave the
-    weights as they are, without the host having to know.
+    weights as they are, without the host having to know. So may ``rates``, a tensor (groups,), which takes the place of the
+    groups' learning rates: a step that is recorded as a CUDA graph reads them anew each time.
     """
 
     found_inf: Tensor | None = None
+    rates: Tensor | None = None
 
     def __init__(
         self,
@@ -65,13 +67,13 @@ class LaProp(th.optim.Optimizer):
         if closure is not None:
             with th.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(group, params)
+                self._step_group(group, params, group["lr"] if self.rates is None else self.rates[index])
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], rate: float | Tensor) -> None:
         for p in params:
             if not self.state[p]:
                 # The step is a float tensor beside its parameter, so that no device has to wait for another.
@@ -98,7 +100,7 @@ class LaProp(th.optim.Optimizer):
         th._foreach_add_(rms, group["eps"])
         th._foreach_div_(grads, rms)
         th._foreach_lerp_(first, grads, 1 - beta1)
-        sizes = -group["lr"] / bias_corrections(beta1)  # (parameters,)
+        sizes = -rate / bias_corrections(beta1)  # (parameters,)
         if self.found_inf is not None:
             sizes = sizes * (1.0 - self.found_inf)
         th._foreach_add_(params, th._foreach_mul(first, list(sizes.unbind())))

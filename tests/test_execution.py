@@ -49,7 +49,7 @@ def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("a bug")
 
     policy = DreamerGPLD("MlpPolicy", "Pendulum-v1", **TINY).policy
-    runner = Execution(policy)
+    runner = Execution(policy, policy.device)
     runner.compile()
     monkeypatch.setattr(policy.actor_critic.value, "forward", wrong)
     with pytest.raises(RuntimeError, match="a bug"):

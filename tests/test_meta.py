@@ -83,6 +83,15 @@ def model_of(name: str) -> DreamerGPLD:
 WITHOUT_AUTOCAST = {"autocast": lambda *_, **__: contextlib.nullcontext(), "is_autocast_enabled": lambda *_: False}
 
 
+def moved_to_meta(model: DreamerGPLD) -> None:
+    """Move the nets, with what the optimiser knows of them."""
+    names = {parameter: name for name, parameter in model.policy.named_parameters()}
+    model.policy.to("meta")  # makes new parameters
+    moved = dict(model.policy.named_parameters())
+    for group in model.policy.optimizer.param_groups:
+        group["params"] = [moved[names[parameter]] for parameter in group["params"]]
+
+
 def updates(name: str) -> OneDevice:
     """Make two updates in float32 on the meta device, the first of which allocates the optimiser's state.
 
@@ -92,19 +101,13 @@ def updates(name: str) -> OneDevice:
     model = model_of(name)
     model.learn(24, log_interval=None)
     batch = model.policy.to_batch(model.replay_buffer.sample(2))
-    draws = model.learner.draw(*batch.rewards.shape)
-    names = {parameter: name for name, parameter in model.policy.named_parameters()}
-    model.policy.to("meta")  # makes new parameters
-    moved = dict(model.policy.named_parameters())
-    groups = model.policy.optimizer.param_groups
-    for group in groups:
-        group["params"] = [moved[names[parameter]] for parameter in group["params"]]
-    batch, draws = on_meta(batch), on_meta(draws)
-    rates = [1e-4] * len(groups)
+    rates = [1e-4] * len(model.policy.optimizer.param_groups)
+    inputs = [on_meta(model.learner.inputs(batch, None, number, rates)) for number in range(2)]
+    moved_to_meta(model)
     with mock.patch.multiple(th, **WITHOUT_AUTOCAST):
-        model.learner.update(batch, draws, 0, rates)
+        model.learner.step(inputs[0])
         with OneDevice() as mode:
-            model.learner.update(batch, draws, 1, rates)
+            model.learner.step(inputs[1])
     return mode
 
 

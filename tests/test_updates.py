@@ -25,13 +25,13 @@ from sb3_dreamer_gpld.nets.world_model import Batch
 def batches_of(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Draws]]:
     """Batches and random numbers of the updates that the model makes from now on."""
     seen: list[tuple[Batch, Draws]] = []
-    update = model.learner.update
+    loss = model.learner.weighted_loss
 
     def recording(batch: Batch, draws: Draws, *args: Any) -> Any:
         seen.append((batch, draws))
-        return update(batch, draws, *args)
+        return loss(batch, draws, *args)
 
-    monkeypatch.setattr(model.learner, "update", recording)
+    monkeypatch.setattr(model.learner, "weighted_loss", recording)
     return seen
 
 

@@ -85,20 +85,20 @@ class Term(NamedTuple):
     """A term of the loss that is minimised.
 
     :param value: before its weight, (B, T) or fewer steps; its mean counts
-    :param weight: of the mean
+    :param weight: of the mean, a number or a scalar on the device
     :param logged_as: name in the log; "": as a loss
     """
 
     value: Tensor
-    weight: float
+    weight: float | Tensor
     logged_as: str = ""
 
 
 class PenaltyWeights(NamedTuple):
-    """λ of the penalties in an update; None: the penalty is not computed."""
+    """λ of the penalties in an update, numbers or scalars on the device; None: the penalty is not computed."""
 
-    posterior: float | None
-    prior: float | None
+    posterior: float | Tensor | None
+    prior: float | Tensor | None
 
 
 class WorldModelDraws(NamedTuple):

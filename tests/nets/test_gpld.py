@@ -413,9 +413,9 @@ class RecordingLearner(Learner):
 
     weights: list[float]
 
-    def loss(self, *args: Any) -> Loss:
-        result = super().loss(*args)
-        self.weights.append(result.terms["posterior_penalty"].weight)
+    def weighted_loss(self, *args: Any) -> Loss:
+        result = super().weighted_loss(*args)
+        self.weights.append(float(result.terms["posterior_penalty"].weight))
         return result
 
 

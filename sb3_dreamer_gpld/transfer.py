@@ -1,0 +1,70 @@
+"""Copies between the host and the device. No other file makes any while a run collects and learns.
+
+On a GPU they go through pinned memory, on a stream of their own for those that come, so that neither side waits before a
+value is looked at. On a processor there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import Tensor
+
+
+class Arrays:
+    """Values on their way to the host.
+
+    :param tensors: in pinned memory, being filled, or those of the processor themselves
+    :param done: when they are there; None: they are
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], done: th.cuda.Event | None) -> None:
+        self._tensors, self._done = tensors, done
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Wait for the values. On a processor they share the memory of the tensors."""
+        if self._done is not None:
+            self._done.synchronize()
+        return tuple(tensor.numpy() for tensor in self._tensors)
+
+
+def to_host(*tensors: Tensor) -> Arrays:
+    """Begin to copy tensors, which may change afterwards; floating ones become float32, since NumPy has no bfloat16."""
+    tensors = tuple(tensor.detach().float() if tensor.is_floating_point() else tensor.detach() for tensor in tensors)
+    if not any(tensor.is_cuda for tensor in tensors):
+        return Arrays(tuple(tensor.cpu() for tensor in tensors), None)
+    copies = []
+    for tensor in tensors:
+        copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copies.append(copy.copy_(tensor, non_blocking=True))
+    done = th.cuda.Event()
+    done.record()
+    return Arrays(tuple(copies), done)
+
+
+def to_device(array: np.ndarray | Tensor, device: th.device | str) -> Tensor:
+    """A tensor on the device; on a processor it shares the array's memory.
+
+    :param array: any that PyTorch has a type for
+    :param device: where the tensor is to be
+    """
+    device = th.device(device)
+    tensor = array if isinstance(array, Tensor) else th.from_numpy(np.ascontiguousarray(array).reshape(np.shape(array)))
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    pinned, stream = tensor.pin_memory(), _stream_to(th.cuda.current_device() if device.index is None else device.index)
+    with th.cuda.stream(stream):
+        moved = pinned.to(device, non_blocking=True)
+    current = th.cuda.current_stream(device)
+    current.wait_stream(stream)
+    moved.record_stream(current)
+    return moved
+
+
+@functools.cache
+def _stream_to(index: int) -> Any:
+    """The stream of copies to a GPU."""
+    return th.cuda.Stream(index)
