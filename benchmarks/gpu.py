@@ -6,7 +6,8 @@ In this order, each part in a process of its own, so that one that breaks leaves
 
     packages  what is missing here, and what the card is
     tests     tests/test_cuda.py
-    parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, compiled and not
+    parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
+              and captured as a CUDA graph
     update    milliseconds, kernels and peak memory of an update, for each size, penalty and way to run it
     loop      steps and updates per second of the whole loop with 1 and 16 environments
     walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
@@ -37,7 +38,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "hutchinson": dict(posterior_penalty=0.5),
     "exact": dict(posterior_penalty=0.5, penalty_estimator="exact"),
 }
-MODES = ("uncompiled", "compiled")
+MODES = ("uncompiled", "compiled", "captured")
 LAST_SECONDS = 20.0  # kept for saving at the end of a part
 LEAST_SECONDS = 15.0  # with less a part is not begun
 
@@ -68,7 +69,7 @@ def plan(sizes: list[str]) -> Iterator[Part]:
     for mode in MODES:
         yield Part("parity", {"mode": mode}, 90.0)
     for size, mode, penalty in itertools.product(sizes, MODES, PENALTIES):
-        limit = 120.0 if mode == "compiled" else 45.0
+        limit = 45.0 if mode == "uncompiled" else 120.0
         yield Part("update", {"size": size, "mode": mode, "penalty": penalty}, limit, reserve=150.0)
     for environments in (1, 16):
         yield Part("loop", {"size": sizes[0], "environments": environments}, 60.0, reserve=60.0)
@@ -107,6 +108,7 @@ def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, An
     from test_parity import RECORDINGS, Recording
     from torch.utils._pytree import tree_map
 
+    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING, Execution
     from sb3_dreamer_gpld.learner import Draws
 
     found: dict[str, Any] = {}
@@ -115,11 +117,23 @@ def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, An
         model = recording.model()
         arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
         model.device, model.policy = th.device(device), model.policy.to(device)
-        if mode == "compiled":
-            model.learner.execution.compile()
+        execution = model.learner.execution = Execution(model.policy, model.device)
+        if mode != "uncompiled":
+            execution.compile()
+        if mode != "captured":
+            execution.recorder = None
         moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, th.Tensor) else leaf, arguments)
-        total = model.learner.loss(*moved, model._n_updates).total
-        total.backward()
+
+        def gradients_of(inputs: tuple) -> th.Tensor:
+            model.policy.zero_grad(set_to_none=True)
+            total = model.learner.loss(*inputs, model._n_updates).total
+            total.backward()
+            return total.detach()
+
+        for _ in range(CALLS_BEFORE_RECORDING + 2):  # so many that it is captured, and replayed
+            total = execution.run_whole(gradients_of, lambda: "parity", moved)
+        captured = execution.captured("gradients_of")
+        assert captured == (mode == "captured" and model.device.type == "cuda"), "the loss was not captured"
         recorded = recording.tensor("loss_total")
         gradients = recording.parameters("grad/")
         ours = {key: value.grad.cpu() for key, value in model.policy.named_parameters() if value.grad is not None}
@@ -141,17 +155,21 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
 
     from benchmarks.walker import filled_model
     from benchmarks.yardstick import synchronize
+    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING
 
     model = filled_model(
-        model_size=size, compile=mode == "compiled", precision="auto", device=device, buffer_size=10_000, **PENALTIES[penalty]
+        model_size=size, compile=mode != "uncompiled", precision="auto", device=device, buffer_size=10_000, **PENALTIES[penalty]
     )
+    execution = model.learner.execution
+    if mode != "captured":
+        execution.recorder = None
     if model.device.type == "cuda":
         th.cuda.reset_peak_memory_stats()
     first = time.perf_counter()
     model.train(1, model.batch_size)
     synchronize(model.device)
     first = time.perf_counter() - first
-    model.train(2, model.batch_size)
+    model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
     times = []
     for _ in range(11):
         synchronize(model.device)
@@ -160,6 +178,7 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
         synchronize(model.device)
         times.append(time.perf_counter() - start)
     found = {"ms": 1e3 * float(np.median(times)), "ms_range": [1e3 * min(times), 1e3 * max(times)], "first_s": first}
+    found["captured"] = execution.captured("step")
     if model.device.type == "cuda":
         found["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
         with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CUDA]) as profile:

@@ -101,6 +101,10 @@ class Execution(Runner):
         recorded = self._recorded.setdefault(function.__name__, Recorded(self.recorder))
         return recorded(function, (key(), self.compiled, self.failed, self._left_out), inputs)
 
+    def captured(self, name: str) -> bool:
+        """Whether the function of that name runs as a CUDA graph now."""
+        return name in self._recorded and self._recorded[name].recording is not None
+
     def __call__(self, function: Callable[..., Any], net: nn.Module, *args: Any) -> Any:
         name = function.__name__
         if not self.compiled or self.failed or name in self._left_out:
