@@ -21,6 +21,7 @@ from sb3_dreamer_gpld.observations import by_key, like_space, spaces_by_key
 from sb3_dreamer_gpld.replay.rows import Column, RowFormat, Rows
 from sb3_dreamer_gpld.replay.windows import Windows, WindowSampler
 from sb3_dreamer_gpld.replay.writing import EpisodeWriter, Latents, shaped, to_numpy
+from sb3_dreamer_gpld.transfer import to_device
 
 # Buffers that were saved when this was one class: names in them, and the arrays that they have as attributes
 _ObsSpec, _Latents = Column, Latents
@@ -373,6 +374,6 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param copy: on the CPU, whether the tensor has memory of its own
         :return: the tensor
         """
-        if self.device.type == "cuda":
-            return th.from_numpy(np.ascontiguousarray(array)).pin_memory().to(self.device, non_blocking=True)
+        if self.device.type != "cpu":
+            return to_device(array, self.device)
         return super().to_torch(array, copy)

@@ -374,7 +374,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self._last_obs is not None and self._last_episode_starts is not None
         self.num_timesteps += n_envs * (self.processes.size - 1)  # those of the other processes; SB3 adds its own
         observation, _ = self.policy.obs_to_tensor(self._last_obs)
-        is_first = th.as_tensor(self._last_episode_starts, dtype=th.bool, device=self.device)
+        is_first = to_device(np.asarray(self._last_episode_starts, dtype=bool), self.device)
         inputs = ActingInputs(observation, self._state, is_first)
         self._state, latent = self.learner.execution.run_whole(self._act, self._acting_key, inputs)
         if action_noise is not None and self.policy.action_spec.nvec is None:

@@ -35,7 +35,7 @@ def to_host(*tensors: Tensor) -> Arrays:
     """Begin to copy tensors, which may change afterwards; floating ones become float32, since NumPy has no bfloat16."""
     tensors = tuple(tensor.detach().float() if tensor.is_floating_point() else tensor.detach() for tensor in tensors)
     if not any(tensor.is_cuda for tensor in tensors):
-        return Arrays(tuple(tensor.cpu() for tensor in tensors), None)
+        return Arrays(tuple(map(_copied_to_host, tensors)), None)
     copies = []
     for tensor in tensors:
         copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -54,7 +54,7 @@ def to_device(array: np.ndarray | Tensor, device: th.device | str) -> Tensor:
     device = th.device(device)
     tensor = array if isinstance(array, Tensor) else th.from_numpy(np.ascontiguousarray(array).reshape(np.shape(array)))
     if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
+        return _copied_to_device(tensor, device)
     pinned, stream = tensor.pin_memory(), _stream_to(th.cuda.current_device() if device.index is None else device.index)
     with th.cuda.stream(stream):
         moved = pinned.to(device, non_blocking=True)
@@ -62,6 +62,14 @@ def to_device(array: np.ndarray | Tensor, device: th.device | str) -> Tensor:
     current.wait_stream(stream)
     moved.record_stream(current)
     return moved
+
+
+def _copied_to_host(tensor: Tensor) -> Tensor:
+    return tensor.cpu()
+
+
+def _copied_to_device(tensor: Tensor, device: th.device) -> Tensor:
+    return tensor.to(device)
 
 
 @functools.cache

@@ -4,19 +4,22 @@ computed, and a dispatch mode sees every operation."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch as th
+import torch.nn.functional as F
 from gymnasium import spaces
 from test_dreamer_gpld import BOX, RandomSpaces, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld import DreamerGPLD, transfer
+from sb3_dreamer_gpld.diagnostics import measures
 from sb3_dreamer_gpld.observations import like_space, spaces_by_key
 from sb3_dreamer_gpld.policies import RecurrentState
 
@@ -24,15 +27,31 @@ from sb3_dreamer_gpld.policies import RecurrentState
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.equal", "aten.is_nonzero")
 
 
+# What autocast makes in bfloat16
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution")
+
+
+def low(args: Any) -> Any:
+    """Arguments with bfloat16 in place of float32."""
+    return tree_map(lambda x: x.bfloat16() if isinstance(x, th.Tensor) and x.dtype == th.float32 else x, args)
+
+
+def in_bfloat16(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*low(args))
+
+
 class OneDevice(TorchDispatchMode):
     """Fails at the first operation that mixes devices, copies between them, or reads a value.
 
     ``calls`` counts operations, ``launches`` those that are no mere view of what is there: on a GPU each is a kernel or more.
+
+    :param bfloat16: matrix products are made in it, as under autocast, which does not know the meta device
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bfloat16: bool = False) -> None:
         super().__init__()
         self.calls = self.launches = 0
+        self.bfloat16 = bfloat16
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -42,6 +61,8 @@ class OneDevice(TorchDispatchMode):
         name = str(func)
         if name.startswith(READS):
             raise AssertionError(f"{name} reads a value")
+        if self.bfloat16 and name.startswith(PRODUCTS):
+            args = low(args)
         if name.startswith("aten.index") and any(tensor.dtype == th.bool for tensor in tensors[1:]):
             raise AssertionError(f"{name} has a mask as an index")
         devices = {tensor.device.type for tensor in tensors}
@@ -81,6 +102,7 @@ def model_of(name: str) -> DreamerGPLD:
 
 # Neither knows the meta device.
 WITHOUT_AUTOCAST = {"autocast": lambda *_, **__: contextlib.nullcontext(), "is_autocast_enabled": lambda *_: False}
+BFLOAT16 = WITHOUT_AUTOCAST | {"is_autocast_enabled": lambda *_: True, "get_autocast_dtype": lambda *_: th.bfloat16}
 
 
 def moved_to_meta(model: DreamerGPLD) -> None:
@@ -92,10 +114,11 @@ def moved_to_meta(model: DreamerGPLD) -> None:
         group["params"] = [moved[names[parameter]] for parameter in group["params"]]
 
 
-def updates(name: str) -> OneDevice:
-    """Make two updates in float32 on the meta device, the first of which allocates the optimiser's state.
+def updates(name: str, bfloat16: bool = False) -> OneDevice:
+    """Make two updates on the meta device, the first of which allocates the optimiser's state.
 
     :param name: of a case
+    :param bfloat16: matrix products are made in it; else in float32
     :return: the mode that saw the second
     """
     model = model_of(name)
@@ -104,9 +127,14 @@ def updates(name: str) -> OneDevice:
     rates = [1e-4] * len(model.policy.optimizer.param_groups)
     inputs = [on_meta(model.learner.inputs(batch, None, number, rates)) for number in range(2)]
     moved_to_meta(model)
-    with mock.patch.multiple(th, **WITHOUT_AUTOCAST):
-        model.learner.step(inputs[0])
-        with OneDevice() as mode:
+    convolution = (
+        functools.partial(in_bfloat16, F.conv2d) if bfloat16 else F.conv2d
+    )  # checks its types before the mode sees it
+    patches = BFLOAT16 if bfloat16 else WITHOUT_AUTOCAST
+    with mock.patch.multiple(th, **patches), mock.patch.object(F, "conv2d", convolution):
+        with OneDevice(bfloat16):
+            model.learner.step(inputs[0])
+        with OneDevice(bfloat16) as mode:
             model.learner.step(inputs[1])
     return mode
 
@@ -130,6 +158,100 @@ def test_an_update_stays_on_its_device(name: str) -> None:
     """And makes no more launches than it did."""
     mode = updates(name)
     assert 0.9 * CEILINGS[name] < mode.launches <= CEILINGS[name], mode.calls
+
+
+@pytest.mark.parametrize("name", ["vectors", "images", "exact penalty", "dynamics"])
+def test_an_update_in_bfloat16_stays_on_its_device(name: str) -> None:
+    assert updates(name, bfloat16=True).launches > 0.9 * CEILINGS[name]
+
+
+@contextlib.contextmanager
+def copies(waits: list[int]) -> Iterator[None]:
+    """Allow the copies of transfer.py, of which those to the host bring zeros, and count how often the host waits for some.
+
+    :param waits: gets an entry for each wait
+    """
+
+    def to_meta(tensor: th.Tensor, device: th.device) -> th.Tensor:
+        with _disable_current_modes():
+            return tensor.to(device)
+
+    def to_host(tensor: th.Tensor) -> th.Tensor:
+        with _disable_current_modes():
+            return th.zeros(tensor.shape, dtype=tensor.dtype)
+
+    arrays = transfer.Arrays.arrays
+
+    def waiting(self: transfer.Arrays) -> tuple[np.ndarray, ...]:
+        waits.append(len(waits))
+        return arrays(self)
+
+    with mock.patch.multiple(transfer, _copied_to_device=to_meta, _copied_to_host=to_host):
+        with mock.patch.object(transfer.Arrays, "arrays", waiting):
+            yield
+
+
+@pytest.mark.parametrize("name", ["vectors", "images", "discrete", "dynamics"])
+def test_training_waits_at_its_end(name: str) -> None:
+    """``train`` begins each update before it looks at anything of the one before: batches, updates, latents and faults."""
+    model = model_of(name)
+    model.learn(24, log_interval=None)
+    model.train(1, 2)
+    model.learner.metrics.take()
+    moved_to_meta(model)
+    model.policy.optimizer.state.clear()
+    model.device = model.replay_buffer.device = th.device("meta")
+    waits: list[int] = []
+    begun: list[int] = []  # how often the host had waited when an update began
+    step = model.learner.step
+
+    def noted(inputs: Any) -> Any:
+        begun.append(len(waits))
+        return step(inputs)
+
+    with copies(waits), mock.patch.multiple(th, **WITHOUT_AUTOCAST), mock.patch.object(model.learner, "step", noted):
+        model.train(1, 2)  # allocates the optimiser's state
+        waits.clear()
+        begun.clear()
+        with OneDevice():
+            model.train(3, 2)
+            model.learner.metrics.take()
+    assert begun == [0, 0, 1]  # the latents of an update are fetched when the next one has begun
+    assert len(waits) == 5  # those of three, the faults, and the metrics
+
+
+def test_a_step_of_collecting_waits_once() -> None:
+    """For the action, and what is stored with it."""
+    model = model_of("vectors")
+    model.learn(24, log_interval=None)
+    moved_to_meta(model)
+    model.device = model.replay_buffer.device = th.device("meta")
+    model._state = RecurrentState(*on_meta(model._state.parts))
+    waits: list[int] = []
+    given = model.policy.obs_to_tensor
+
+    def observations(*args: Any) -> Any:  # SB3 makes tensors of them
+        with _disable_current_modes():
+            return given(*args)
+
+    with copies(waits), OneDevice(), mock.patch.object(model.policy, "obs_to_tensor", observations):
+        model.learn(5, reset_num_timesteps=False, log_interval=None)
+    assert len(waits) == 5
+
+
+def test_measures_stay_on_their_device() -> None:
+    """What ``diagnose`` measures, as far as it is tensors."""
+    model = model_of("images")
+    model.learn(24, log_interval=None)
+    batch = on_meta(model.policy.to_batch(model.replay_buffer.sample(2)))
+    model.policy.to("meta")
+    with mock.patch.multiple(th, **WITHOUT_AUTOCAST), OneDevice() as mode:
+        states, tokens = measures.posterior_states(model.policy, batch)
+        flat = [x.flatten(0, 1) for x in (states.deter, states.stoch, tokens)]
+        found = measures.smoothness(model.policy, *flat, horizon=2)
+        loop = measures.open_loop(model.policy, batch, 3, 0.99)
+        loop.means()
+    assert found.transition_ratio.is_meta and loop.errors["observation/image"].is_meta and mode.launches > 300
 
 
 ACTING_CEILINGS = {"vectors": 151, "images": 197, "discrete": 151}  # sampled
