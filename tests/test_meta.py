@@ -127,9 +127,7 @@ def updates(name: str, bfloat16: bool = False) -> OneDevice:
     rates = [1e-4] * len(model.policy.optimizer.param_groups)
     inputs = [on_meta(model.learner.inputs(batch, None, number, rates)) for number in range(2)]
     moved_to_meta(model)
-    convolution = (
-        functools.partial(in_bfloat16, F.conv2d) if bfloat16 else F.conv2d
-    )  # checks its types before the mode sees it
+    convolution = functools.partial(in_bfloat16, F.conv2d) if bfloat16 else F.conv2d  # it looks at types before the mode
     patches = BFLOAT16 if bfloat16 else WITHOUT_AUTOCAST
     with mock.patch.multiple(th, **patches), mock.patch.object(F, "conv2d", convolution):
         with OneDevice(bfloat16):
