@@ -65,6 +65,7 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "exact penalty": (VECTOR, BOX, {"penalty_estimator": "exact"}),
     "dynamics": (VECTOR, BOX, {"actor_gradient": "dynamics", "imagination_starts": 3, "ent_coef": "auto"}),
     "actor's rate": (VECTOR, BOX, {"actor_learning_rate": 1e-4}),
+    "redundancy": (MIXED, BOX, {"policy_kwargs": {"reconstruction": "redundancy"}}),
 }
 
 
@@ -119,6 +120,7 @@ CEILINGS = {
     "exact penalty": 3_433,
     "dynamics": 3_928,
     "actor's rate": 3_375,
+    "redundancy": 3_427,
 }
 
 
