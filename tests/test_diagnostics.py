@@ -477,6 +477,17 @@ def test_command_without_a_decoder(files: Path, tmp_path: Path, capsys: pytest.C
     assert min(alone["model"]["open_loop"]["errors"]["reward"]) > 0
 
 
+def test_picture_of_open_loop_errors_has_no_empty_part() -> None:
+    pytest.importorskip("matplotlib")
+    from sb3_dreamer_gpld.zoo.figures import draw_open_loop
+
+    some = {name: th.ones(3) for name in ("reward", "continue")}
+    every = {"observation": th.ones(3), **some}
+    for found, lines in (({"a": some}, [2, 2]), ({"a": some, "b": every}, [2, 4, 4]), ({"a": every}, [2, 2, 2])):
+        figure = draw_open_loop({label: (errors, errors) for label, errors in found.items()})
+        assert [len(axes.lines) for axes in figure.axes] == lines
+
+
 def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("moviepy")
     from moviepy.video.io.VideoFileClip import VideoFileClip

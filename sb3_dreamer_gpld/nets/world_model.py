@@ -309,7 +309,8 @@ class WorldModel(SteppedModule):
         :return: scalar
         """
         assert self.projector is not None
-        projected = self.projector(features.flatten(0, 1))  # (B·T, tokens)
+        with th.autocast(features.device.type, enabled=False):  # rounding would count where a mean is far above its deviation
+            projected = self.projector(at_least_float32(features.flatten(0, 1)))  # (B·T, tokens)
         return self.correlations(self.gather(projected), self.gather(tokens.detach().flatten(0, 1)))
 
     @compilable
