@@ -124,7 +124,7 @@ def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, An
             execution.recorder = None
         moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, th.Tensor) else leaf, arguments)
 
-        def gradients_of(inputs: tuple) -> th.Tensor:
+        def gradients_of(inputs: tuple, model: Any = model) -> th.Tensor:
             model.policy.zero_grad(set_to_none=True)
             total = model.learner.loss(*inputs, model._n_updates).total
             total.backward()
@@ -157,9 +157,8 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
     from benchmarks.yardstick import synchronize
     from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING
 
-    model = filled_model(
-        model_size=size, compile=mode != "uncompiled", precision="auto", device=device, buffer_size=10_000, **PENALTIES[penalty]
-    )
+    options = {"compile": mode != "uncompiled", "precision": "auto", "buffer_size": 10_000, **PENALTIES[penalty]}
+    model = filled_model(model_size=size, device=device, **options)
     execution = model.learner.execution
     if mode != "captured":
         execution.recorder = None

@@ -1,7 +1,7 @@
 """How long one update takes, beside a yardstick of the machine measured in the same run.
 
 Usage: python -m benchmarks.update_time --size 1m [--penalty 0.5] [--precision float32] [--compile] [--batch 16]
-       [--length 64] [--horizon 15] [--repeats 11] [--device cpu] [--json FILE]
+       [--length 64] [--horizon 15] [--repeats 11] [--device cpu] [--json FILE] [--reconstruction redundancy] [--image 64]
 
 Updates and yardstick alternate; medians are printed. Let nothing else run beside it.
 """
@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import write_json
 from benchmarks.timers import timers
-from benchmarks.walker import add_arguments, model_of
+from benchmarks.walker import ImageSized, add_arguments, model_of
 from benchmarks.yardstick import FLOP, Yardstick, synchronize
 from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.config import RECONSTRUCTIONS
 from sb3_dreamer_gpld.execution import plain_steps
 
 
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--size", default="1m")
     parser.add_argument("--penalty", type=float, default=0.5, help="λ₀ of the posterior")
     parser.add_argument("--actor-gradient", choices=("reinforce", "dynamics"), default="reinforce")
+    parser.add_argument("--reconstruction", choices=RECONSTRUCTIONS, default="decoder", help="entry of policy_kwargs")
+    parser.add_argument("--image", type=int, metavar="SIDE", help="observe images of that side in place of vectors")
     parser.add_argument("--starts", type=int, help="imagination_starts; default: all states")
     add_arguments(parser, repeats=11)
     args = parser.parse_args()
@@ -68,6 +71,8 @@ def main() -> None:
         posterior_penalty=args.penalty,
         actor_gradient=args.actor_gradient,
         imagination_starts=args.starts,
+        env=None if args.image is None else ImageSized(args.image),
+        policy_kwargs=dict(reconstruction=args.reconstruction),
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yardstick = Yardstick(model.device)
@@ -92,6 +97,8 @@ def main() -> None:
     update, yard = float(np.median(updates)), float(np.median(yards))
     result = {
         "size": args.size,
+        "reconstruction": args.reconstruction,
+        "image": args.image,
         "threads": th.get_num_threads(),
         "update_ms": 1e3 * update,
         "update_ms_range": [1e3 * min(updates), 1e3 * max(updates)],
@@ -102,6 +109,8 @@ def main() -> None:
         "extra_memory_mib": (peak - before) / 1024,
         "phases_ms": exclusive(seconds, update),
     }
+    observed = "24 numbers" if args.image is None else f"images of {args.image}x{args.image} pixels"
+    print(f"observations: {observed}, reconstruction: {args.reconstruction}")
     print(f"size {args.size}, batch {args.batch}x{args.length}, horizon {args.horizon}, penalty {args.penalty}, "
           f"{args.precision}, {'compiled' if args.compile else 'not compiled'}, {result['threads']} threads")  # fmt: skip
     low, high = result["update_ms_range"]

@@ -41,6 +41,17 @@ class WalkerSized(gym.Env):
         return {key: self.np_random.standard_normal(space.shape).astype(np.float32) for key, space in items}
 
 
+class ImageSized(WalkerSized):
+    """The same with random images of ``side``·``side`` pixels in place of the 24 numbers."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.observation_space = spaces.Dict({"image": spaces.Box(0, 255, (side, side, 3), np.uint8)})
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {"image": self.np_random.integers(256, size=self.observation_space["image"].shape, dtype=np.uint8)}
+
+
 def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Options of the benchmarks of an update.
 

@@ -35,6 +35,9 @@ SIZES: dict[str, dict[str, int]] = {
 # Nets that spectral_norm may name
 SPECTRAL_NETS = ("encoder", "posterior", "prior", "decoder", "reward", "continue", "actor", "critic")
 
+# What the world model's representation is learned from
+RECONSTRUCTIONS = ("decoder", "redundancy")
+
 IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples of ``depth``
 MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
 
@@ -113,6 +116,11 @@ class ModelConfig:
     :param slow_value_rate: rate of the moving average of the value net, per update
     :param percentile_rate: rate of the moving average of the return percentiles, per update
     :param percentile_low, percentile_high: percentiles of the returns, in percent
+    :param reconstruction: what ties the states to the observations: "decoder" (they are predicted), or "redundancy" (no
+        decoder is built, and a projection of the states is correlated with the encoder's output: R2-Dreamer, Morihira et al.,
+        ICLR 2026, see :mod:`~sb3_dreamer_gpld.nets.redundancy`)
+    :param redundancy_weight: weight of that loss (release of R2-Dreamer, ``loss_scales.barlow``)
+    :param redundancy_lambda: weight of its correlations off the diagonal (release of R2-Dreamer, ``r2dreamer.lambd``)
     :param spectral_norm: nets whose hidden layers are spectrally normalised, some of :data:`SPECTRAL_NETS` (not in the papers)
     :raises ValueError: a size is not allowed; the text names it
     """
@@ -153,6 +161,9 @@ class ModelConfig:
     percentile_rate: float = 0.01
     percentile_low: float = 5.0
     percentile_high: float = 95.0
+    reconstruction: str = "decoder"
+    redundancy_weight: float = 0.05
+    redundancy_lambda: float = 5e-4
     spectral_norm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -176,6 +187,9 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a list of the units of each layer, not {getattr(self, name)!r}")
             for units in getattr(self, name) or ():
                 check_int(f"every layer of {name}", units, 1)
+        if self.reconstruction not in RECONSTRUCTIONS:
+            raise ValueError(unknown_name("reconstruction", self.reconstruction, RECONSTRUCTIONS))
+        check_range("redundancy_lambda", self.redundancy_lambda, 0.0, math.inf)
         _check_spectral_norm(self.spectral_norm)
         for name in ("kernel", "bins"):
             check_int(name, getattr(self, name), 3 if name == "bins" else 1)

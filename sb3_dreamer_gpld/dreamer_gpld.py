@@ -270,6 +270,11 @@ class DreamerGPLD(ResumableAlgorithm):
         rows = self.policy.config.stoch
         if self.penalty_rows is not None and self.penalty_rows > rows:
             raise ValueError(f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {self.penalty_rows}")
+        if self.policy.config.reconstruction == "redundancy" and self.batch_size * self.batch_length < 2:
+            raise ValueError(
+                "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
+                f"not {self.batch_size} * {self.batch_length}"
+            )
         if self.verbose >= 1 and self.batch_size * self.batch_length > 4 * PUBLISHED_STEPS:
             times = self.batch_size * self.batch_length / PUBLISHED_STEPS
             replayed = f"{self.batch_size} sequences of {self.batch_length} steps"

@@ -58,7 +58,7 @@ class Loss(NamedTuple):
     """Result of :meth:`Learner.loss`.
 
     :param total: weighted sum of the losses, a scalar with gradient
-    :param terms: every loss by name, with its weight; the values are (B, T), or shorter in their second dimension
+    :param terms: every loss by name, with its weight; the values are (B, T), or shorter in their second dimension, or scalars
     :param states: posterior states of the batch
     :param metrics: further scalars to log
     :param running: what actor and critic remember after this batch
@@ -119,6 +119,7 @@ class Learner:
     def __init__(self, policy: DreamerPolicy, config: LearnerConfig, processes: Processes = ALONE) -> None:
         self.policy, self.config, self.processes = policy, config, processes
         policy.actor_critic.gather = processes.gather
+        policy.world_model.gather = processes.gather_with_gradient
         self.execution = Execution(policy, policy.device)
         self.metrics = MetricMeans()
         self.faults = FiniteGuard()

@@ -72,6 +72,19 @@ class Processes:
         self._exchange(dist.all_gather, parts, x.detach().contiguous())
         return th.cat(parts)
 
+    def gather_with_gradient(self, x: Tensor) -> Tensor:
+        """:meth:`gather` for a loss that is no mean over the processes: each computes the whole of it, with the gradient of
+        its own rows alone, multiplied by the number of processes, so that the mean of :meth:`average_` is that of all rows.
+
+        :param x: (n, ...)
+        :return: (size · n, ...)
+        """
+        if self.size == 1:
+            return x
+        parts = list(self.gather(x).chunk(self.size))
+        parts[self.rank] = x + (self.size - 1) * (x - x.detach())  # its value is x
+        return th.cat(parts)
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of the first process."""
         if self.size > 1:

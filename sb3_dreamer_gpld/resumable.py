@@ -268,7 +268,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """Warm start: take single modules from a saved model; all else stays as it is, the optimiser included.
 
         :param path: a file of :meth:`save`
-        :param modules: some of "encoder", "rssm", "decoder", "reward", "continue", "actor", "critic"
+        :param modules: some of "encoder", "rssm", "decoder", "projector", "reward", "continue", "actor", "critic"
         :raises ValueError: an unknown name, or tensors of other shapes; nothing is loaded then
         """
         check_model_file(path)

@@ -32,6 +32,7 @@ MODULES = {
     "encoder": ("world_model.encoder",),
     "rssm": ("world_model.rssm",),
     "decoder": ("world_model.vector_decoder", "world_model.image_decoders"),
+    "projector": ("world_model.projector",),
     "reward": ("world_model.reward",),
     "continue": ("world_model.cont",),
     "actor": ("actor_critic.policy",),
@@ -206,6 +207,8 @@ def module_tensors(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], 
         prefixes = tuple(f"{prefix}." for prefix in MODULES[name])
         saved = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefixes)}
         mine = {key: tensor for key, tensor in own.items() if key.startswith(prefixes)}
+        if not saved and not mine:
+            problems.append(f"neither the file nor the model has a {name}")
         for key in sorted(saved.keys() | mine.keys()):
             if key not in mine or key not in saved:
                 problems.append(f"{key} is only in the {'file' if key in saved else 'model'}")

@@ -110,6 +110,9 @@ WRONG: dict[str, list[Any]] = {
     "percentile_rate": NO_SHARES,
     "percentile_low": [-1, 100.5, *NO_NUMBERS],
     "percentile_high": [4.9, 100.5, *NO_NUMBERS],  # percentile_low is 5
+    "reconstruction": ["decodr", "", None, True, 1, ["decoder"]],
+    "redundancy_weight": NO_WEIGHTS,
+    "redundancy_lambda": NO_WEIGHTS,
     "spectral_norm": ["actor", ["acter"], 3, None],
 }
 
@@ -137,6 +140,7 @@ def test_wrong_value_of_a_field(name: str) -> None:
         {"slow_value_rate": 1.0, "percentile_rate": 0.0},
         {"units": np.int64(8), "unimix": np.float32(0.5)},
         {"policy_arch": (), "value_arch": [8]},
+        {"reconstruction": "redundancy", "redundancy_weight": 0.0, "redundancy_lambda": 0},
     ],
 )
 def test_values_at_the_limits_are_allowed(fields: dict[str, Any]) -> None:

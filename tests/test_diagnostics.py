@@ -80,6 +80,7 @@ def files(model: DreamerGPLD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save(folder / "counter.zip")
     tiny(Counter(), seed=1).save(folder / "fresh.zip")
     tiny(Pictures()).learn(30).save(folder / "pictures.zip")
+    tiny(Pictures(), policy_kwargs=dict(reconstruction="redundancy")).learn(30).save(folder / "undecoded.zip")
     PPO("MlpPolicy", Counter(), n_steps=8, batch_size=8).save(folder / "ppo.zip")
     (folder / "text.zip").write_text("nothing")
     return folder
@@ -383,6 +384,25 @@ def test_wrong_callbacks(make: Callable[[], BaseCallback], message: str) -> None
     assert model.num_timesteps == 0
 
 
+def test_callbacks_without_a_decoder(tmp_path: Path) -> None:
+    """Errors of reward and continuation are logged, and no video is; one that is asked for is refused."""
+    pytest.importorskip("tensorboard")
+    model = tiny(Pictures(), policy_kwargs=dict(reconstruction="redundancy"))
+    model.set_logger(configure(str(tmp_path), ["json", "tensorboard"]))
+    model.learn(40, callback=[SmoothnessCallback(40), OpenLoopCallback(40, context=2, horizon=3)], log_interval=None)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    names = {name for row in rows for name in row if name.startswith("open_loop")}
+    assert names == {f"open_loop/{name}{end}" for name in ("reward", "continue") for end in ("", "_last")}
+    assert any("smoothness/posterior_jacobian" in row for row in rows)
+    with pytest.raises(ValueError, match="A video needs a decoder.*reconstruction='redundancy'"):
+        model.learn(40, callback=OpenLoopCallback(40, context=2, video=True))
+    with diagnostics.undisturbed(model.policy, 0):
+        batch = diagnostics.replay_windows(model, 2, np.random.default_rng(0))
+        features = diagnostics.open_loop(model.policy, batch, 2, GAMMA).features
+        with pytest.raises(ValueError, match="has no decoder"):
+            diagnostics.open_loop_video(model.policy, batch, features, model.policy.observation_spec.images[0])
+
+
 def test_video_without_tensorboard() -> None:
     with pytest.raises(ValueError, match="tensorboard_log"):
         tiny(Pictures()).learn(10, callback=OpenLoopCallback(context=2, video=True))
@@ -440,6 +460,34 @@ def test_model_beside_itself(files: Path, tmp_path: Path) -> None:
     assert report["model"] == report["baseline"]
 
 
+def test_command_without_a_decoder(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but what a decoder is needed for, alone and beside a model with one; what is missing is named."""
+    one, other = (f"{files}/{name}.zip" for name in ("undecoded", "pictures"))
+    assert diagnose(f"--model {one} --env DiagnosticsPictures-v0 --out {tmp_path}/alone {FEW}") == 0
+    assert "no errors of observations, since this model has no decoder" in capsys.readouterr().out
+    assert diagnose(f"--model {one} --baseline {other} --env DiagnosticsPictures-v0 --out {tmp_path}/both {FEW}") == 0
+    assert capsys.readouterr().out.count("no errors of observations") == 1
+    for folder in ("alone", "both"):
+        assert {"smoothness.png", "open_loop.png"} < {file.name for file in (tmp_path / folder).iterdir()}
+    alone, both = (json.loads((tmp_path / name / "diagnostics.json").read_text()) for name in ("alone", "both"))
+    for report in (alone["model"], both["model"]):
+        assert set(report["open_loop"]["errors"]) == {"reward", "continue"}
+        assert report["open_loop"]["not_measured"] == ["observation"]
+    assert "observation" in both["baseline"]["open_loop"]["errors"] and both["baseline"]["open_loop"]["not_measured"] == []
+    assert min(alone["model"]["open_loop"]["errors"]["reward"]) > 0
+
+
+def test_picture_of_open_loop_errors_has_no_empty_part() -> None:
+    pytest.importorskip("matplotlib")
+    from sb3_dreamer_gpld.zoo.figures import draw_open_loop
+
+    some = {name: th.ones(3) for name in ("reward", "continue")}
+    every = {"observation": th.ones(3), **some}
+    for found, lines in (({"a": some}, [2, 2]), ({"a": some, "b": every}, [2, 4, 4]), ({"a": every}, [2, 2, 2])):
+        figure = draw_open_loop({label: (errors, errors) for label, errors in found.items()})
+        assert [len(axes.lines) for axes in figure.axes] == lines
+
+
 def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("moviepy")
     from moviepy.video.io.VideoFileClip import VideoFileClip
@@ -467,6 +515,11 @@ def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --video", "this model has none"),
         ("--model {files}/pictures.zip --env DiagnosticsPictures-v0 --video --image eya", "Did you mean 'eye'"),
         ("--model {files}/pictures.zip --env DiagnosticsPictures-v0 --image eye", "needs --video"),
+        ("--model {files}/undecoded.zip --env DiagnosticsPictures-v0 --video", "A video needs a decoder.*has no decoder"),
+        (
+            "--model {files}/pictures.zip --baseline {files}/undecoded.zip --env DiagnosticsPictures-v0 --video",
+            "A video needs a decoder",
+        ),
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --horizon 0", "--horizon must be"),
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --scales -1", "--scales must be"),
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --seed -1", "--seed must be"),

@@ -342,27 +342,37 @@ def test_every_module_that_can_be_loaded_alone_is_named() -> None:
 
 def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    model = DreamerGPLD(
-        "MlpPolicy",
-        ActionRepeat(gym.make("CartPole-v1"), 2),
-        model_size="debug",
-        batch_size=2,
-        batch_length=4,
-        train_ratio=4,
-        learning_starts=16,
-        imagination_horizon=3,
-        prior_penalty=0.1,
-        policy_penalty=0.1,
-        actor_learning_rate=1e-5,
-        tensorboard_log=str(tmp_path),
-        device="cpu",
-    )
+
+    def make(**kwargs: Any) -> DreamerGPLD:
+        return DreamerGPLD(
+            "MlpPolicy",
+            ActionRepeat(gym.make("CartPole-v1"), 2),
+            model_size="debug",
+            batch_size=2,
+            batch_length=4,
+            train_ratio=4,
+            learning_starts=16,
+            imagination_horizon=3,
+            prior_penalty=0.1,
+            policy_penalty=0.1,
+            actor_learning_rate=1e-5,
+            tensorboard_log=str(tmp_path),
+            device="cpu",
+            **kwargs,
+        )
+
+    model = make()
     evaluation = EvalCallback(Monitor(gym.make("CartPole-v1")), n_eval_episodes=1, eval_freq=50)
     model.learn(60, callback=evaluation, log_interval=1)
     events = accumulator.EventAccumulator(str(tmp_path / "DreamerGPLD_1"))
     events.Reload()
     described = {name for row in read_table("logging.md", "# Watching a run") for name in re.findall(r"\w+/\w+", row[0])}
-    assert set(events.Tags()["scalars"]) == described
+    make(policy_kwargs=dict(reconstruction="redundancy")).learn(60, log_interval=1)
+    without_decoder = accumulator.EventAccumulator(str(tmp_path / "DreamerGPLD_2"))
+    without_decoder.Reload()
+    names, others = set(events.Tags()["scalars"]), set(without_decoder.Tags()["scalars"])
+    assert "loss/redundancy" in others and "loss/reconstruction" not in others
+    assert names | others == described
 
     frames = events.Scalars("time/frames")[-1]
     assert frames.step < frames.value <= 2 * frames.step

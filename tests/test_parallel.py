@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch as th
 
+from sb3_dreamer_gpld.config import RECONSTRUCTIONS
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -46,6 +47,7 @@ from sb3_dreamer_gpld.parallel import ALONE
 
 B, T, H, S = 6, 8, 3, 4
 options = dict(prior_penalty=0.3, ent_coef="auto", target_entropy=2.0, imagination_starts=S, batch_size=B)
+options["policy_kwargs"] = dict(reconstruction=RECONSTRUCTION)
 model = tiny(RandomSpaces(BOX, BOX), precision="float32", **options)
 policy = model.policy.double()
 generator = th.Generator().manual_seed(0)
@@ -90,6 +92,7 @@ together, names = gradient(model.learner, batch.select(half), mine)
 together = [x.clone() for x in together]
 alone, _ = gradient(Learner(policy, config, ALONE), batch, whole)
 assert {{"posterior_penalty", "prior_penalty", "policy", "replay_value"}} <= set(names)
+assert ("redundancy" in names) == (RECONSTRUCTION == "redundancy")
 for ours, reference in zip(together, alone, strict=True):
     assert (ours - reference).abs().max() <= 1e-9 * (1 + reference.abs().max()), (ours, reference)
 apart, _ = gradient(Learner(policy, config, ALONE), batch.select(half), mine)
@@ -98,9 +101,11 @@ print("EQUAL", len(together))
 """
 
 
-def test_the_gradient_is_that_of_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reconstruction", RECONSTRUCTIONS)
+def test_the_gradient_is_that_of_one_process_on_the_whole_batch(reconstruction: str, tmp_path: Path) -> None:
     """Every loss, both penalties, the percentiles and the entropy's coefficient, in float64."""
-    done = torchrun(GRADIENT.replace("{{", "{").replace("}}", "}"), tmp_path)
+    script = f"RECONSTRUCTION = {reconstruction!r}\n" + GRADIENT.replace("{{", "{").replace("}}", "}")
+    done = torchrun(script, tmp_path)
     assert done.returncode == 0 and done.stdout.count("EQUAL") == 2, done.stdout + done.stderr
 
 

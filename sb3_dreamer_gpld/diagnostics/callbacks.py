@@ -123,19 +123,20 @@ class OpenLoopCallback(_ReplayCallback):
     """Logs errors of open-loop predictions on replayed windows as ``open_loop/...``, and a video of image observations.
 
     Logged are the means over k = 1 to the horizon, ``open_loop/reward`` and so on, and the errors at the horizon itself,
-    ``open_loop/reward_last``; see :func:`prediction_errors` for what they are.
+    ``open_loop/reward_last``; see :func:`prediction_errors` for what they are. Without a decoder
+    (``reconstruction="redundancy"``) there are those of reward and continuation only, and no video.
 
     :param eval_freq: calls between two measurements (steps of each environment)
     :param n_windows: replayed windows
     :param context: steps that the model sees first
     :param horizon: steps imagined after them; None: 50, or as many as a replayed window has
-    :param video: write a video to TensorBoard; None: if there are image observations and a TensorBoard log
+    :param video: write a video to TensorBoard; None: if there are image observations, a decoder and a TensorBoard log
     :param video_windows: windows side by side in the video
     :param fps: frames per second of the video
     :param seed: of the windows and of all random numbers of the measurement
     :param verbose: 1 prints when something is measured
     :raises ValueError: a value is not allowed; when training starts: the model's windows are too short, or a video is asked
-        for and there are no images, or no TensorBoard log
+        for and there are no images, no decoder, or no TensorBoard log
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class OpenLoopCallback(_ReplayCallback):
 
     def _write_videos(self, model: DreamerGPLD, batch: Batch, result: OpenLoop) -> None:
         whole = result.valid[:, -1].nonzero().flatten()[: self.video_windows]
-        if self.video is False or not self._has_tensorboard() or not len(whole):
+        if self.video is False or not model.policy.world_model.has_decoder or not self._has_tensorboard() or not len(whole):
             return
         for key in model.policy.observation_spec.images:
             frames = open_loop_video(model.policy, batch.select(whole), result.features[whole], key)

@@ -311,8 +311,21 @@ def prediction_errors(policy: DreamerPolicy, features: Tensor, batch: Batch, gam
     :param gamma: discount that the continue head learns
     :return: by name, (B, T) each: "reward" and "continue" (absolute errors; the truth of the latter is γ, or 0 at a terminal
         step), "observation/<key>" (mean squared error of symlog numbers or of pixels in [0, 1]; for categories the share that
-        is wrong), and "observation", the mean over the keys
+        is wrong), and "observation", the mean over the keys; without a decoder the first two only
     """
+    world_model = policy.world_model
+    reward = world_model.predict_reward(world_model.reward(features))
+    cont = th.sigmoid(world_model.cont(features).squeeze(-1))
+    lives = gamma * (1.0 - batch.is_terminal.to(cont.dtype))
+    return {
+        **(_observation_errors(policy, features, batch) if world_model.has_decoder else {}),
+        "reward": (reward - batch.rewards).abs(),
+        "continue": (cont - lives).abs(),
+    }
+
+
+def _observation_errors(policy: DreamerPolicy, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Errors of the decoder's predictions, see :func:`prediction_errors`."""
     world_model = policy.world_model
     targets = world_model.targets(batch.observations, features.shape[:2])
     predictions = world_model.decode(features)
@@ -326,12 +339,7 @@ def prediction_errors(policy: DreamerPolicy, features: Tensor, batch: Batch, gam
     for group, image, target in zip(world_model.spec.image_groups.values(), predictions[1], targets[1], strict=True):
         squares = (image - target).square().split([key.channels for key in group], -1)
         by_key.update({key.name: square.mean((-3, -2, -1)) for key, square in zip(group, squares, strict=True)})
-    reward = world_model.predict_reward(world_model.reward(features))
-    cont = th.sigmoid(world_model.cont(features).squeeze(-1))
-    lives = gamma * (1.0 - batch.is_terminal.to(cont.dtype))
     return {
         "observation": th.stack(list(by_key.values())).mean(0),
         **({} if ONLY_KEY in by_key else {f"observation/{name}": by_key[name] for name in sorted(by_key)}),
-        "reward": (reward - batch.rewards).abs(),
-        "continue": (cont - lives).abs(),
     }

@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import ImageKey, unknown_name
-from sb3_dreamer_gpld.nets.world_model import Batch
+from sb3_dreamer_gpld.nets.world_model import NO_DECODER, Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
 
@@ -25,11 +25,13 @@ def image_key(policy: DreamerPolicy, name: str | None = None) -> ImageKey:
 
     :param policy: the model
     :param name: its key; None: the first one
-    :raises ValueError: there is none, or none of that name
+    :raises ValueError: there is none, or none of that name, or no decoder
     """
     images = policy.observation_spec.images
     if not images:
         raise ValueError("A video needs image observations, and this model has none: it cannot draw what it predicts")
+    if not policy.world_model.has_decoder:
+        raise ValueError(f"A video needs a decoder. {NO_DECODER}")
     if name is None:
         return images[0]
     for key in images:
@@ -46,6 +48,7 @@ def open_loop_video(policy: DreamerPolicy, batch: Batch, features: Tensor, key: 
     :param features: of :class:`OpenLoop`, (B, T, D + C·K)
     :param key: the image; of stacked frames the newest is shown
     :return: uint8 (T, 3·height, B·width, 3)
+    :raises ValueError: there is no decoder
     """
     world_model = policy.world_model
     sizes = list(world_model.spec.image_groups)

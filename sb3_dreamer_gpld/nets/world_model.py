@@ -1,14 +1,14 @@
-"""The world model: encoder, RSSM, decoder, reward and continue heads, and their losses.
+"""The world model: encoder, RSSM, decoder (or projector), reward and continue heads, and their losses.
 
 Letters: B sequences, T steps, D deter, K rows, C classes, A action numbers, n penalised states, R penalised rows.
 
 Sources: Hafner et al., Nature 2025 (Methods, "World model learning", Eqs. 4 to 6); Sonigra & Kumar 2026,
-arXiv 2605.23089, for the penalty.
+arXiv 2605.23089, for the penalty; Morihira et al., ICLR 2026, for what takes the decoder's place if it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -27,8 +27,14 @@ from sb3_dreamer_gpld.nets.layers import (
     image_targets,
     vector_targets,
 )
+from sb3_dreamer_gpld.nets.redundancy import Projector, redundancy_loss
 from sb3_dreamer_gpld.nets.rssm import RSSM, States
 from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
+
+NO_DECODER = (
+    "This model has no decoder, since it learned with reconstruction='redundancy': it cannot predict observations. Allowed: a "
+    "model with policy_kwargs=dict(reconstruction='decoder')"
+)
 
 
 class Batch(NamedTuple):
@@ -84,7 +90,7 @@ class Batch(NamedTuple):
 class Term(NamedTuple):
     """A term of the loss that is minimised.
 
-    :param value: before its weight, (B, T) or fewer steps; its mean counts
+    :param value: before its weight, (B, T) or fewer steps, or a scalar; its mean counts
     :param weight: of the mean, a number or a scalar on the device
     :param logged_as: name in the log; "": as a loss
     """
@@ -119,7 +125,7 @@ class WorldModelDraws(NamedTuple):
 
 
 class WorldModel(SteppedModule):
-    """Encoder, RSSM, decoder, reward and continue heads.
+    """Encoder, RSSM, decoder, reward and continue heads; with ``reconstruction="redundancy"`` a projector, and no decoder.
 
     :param spec: keys of the observation space
     :param actions: numbers in an action, A
@@ -127,6 +133,8 @@ class WorldModel(SteppedModule):
     """
 
     bins: Tensor
+    # The states (n, ...) of all processes that learn together, (P·n, ...), with the gradient of this one's
+    gather: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
 
     def __init__(self, spec: ObservationSpec, actions: int, config: ModelConfig) -> None:
         super().__init__()
@@ -134,12 +142,18 @@ class WorldModel(SteppedModule):
         features, units = config.feature_size, config.units
         self.encoder = Encoder(spec, config)
         self.rssm = RSSM(self.encoder.size, actions, config)
-        self.vector_decoder = (
-            Head(features, [units] * config.decoder_layers, [key.size for key in spec.vectors]) if spec.vectors else None
-        )
-        self.image_decoders = nn.ModuleList(
-            ImageDecoder(sum(key.channels for key in keys), *size, config) for size, keys in spec.image_groups.items()
-        )
+        self.vector_decoder: Head | None = None
+        self.image_decoders = nn.ModuleList()
+        self.projector: Projector | None = None
+        if config.reconstruction == "redundancy":
+            self.projector = Projector(features, self.encoder.size)
+        else:
+            if spec.vectors:
+                sizes = [key.size for key in spec.vectors]
+                self.vector_decoder = Head(features, [units] * config.decoder_layers, sizes)
+            self.image_decoders.extend(
+                ImageDecoder(sum(key.channels for key in keys), *size, config) for size, keys in spec.image_groups.items()
+            )
         self.reward = Head(features, [units] * config.reward_layers, [config.bins], scale=0.0)
         self.cont = Head(features, [units] * config.continue_layers, [1])
         # Not in the state_dict: the bins are a constant, no parameter.
@@ -171,8 +185,18 @@ class WorldModel(SteppedModule):
 
     # -------------------------------------------------------------------------------------- predictions
 
+    @property
+    def has_decoder(self) -> bool:
+        """Whether observations can be predicted."""
+        return self.vector_decoder is not None or len(self.image_decoders) > 0
+
     def decode(self, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Predicted observations of features (*batch, D + C·K), in the form of :meth:`targets`."""
+        """Predicted observations of features (*batch, D + C·K), in the form of :meth:`targets`.
+
+        :raises ValueError: there is no decoder
+        """
+        if not self.has_decoder:
+            raise ValueError(NO_DECODER)
         deter, stoch = features.split([self.config.deter, self.config.stoch_size], -1)
         vectors = [] if self.vector_decoder is None else self._split_vectors(self.vector_decoder(features))
         return vectors, self._decode_images(deter, stoch)
@@ -214,11 +238,13 @@ class WorldModel(SteppedModule):
         :param draws: random numbers
         :param weights: λ of the penalties
         :param gamma: discount that the continue head learns
-        :return: losses by name, with values (B, T) each, and the posterior states
+        :return: losses by name, with values (B, T) each or scalars, and the posterior states
         """
         vectors, images, tokens = self.encode_targets(batch.observations, batch.rewards.shape)
         states = self.rssm.observe(tokens, batch.actions, batch.is_first, batch.deter, batch.stoch, draws.stoch)
         losses = self.replay_losses(states, vectors, images, batch.rewards, batch.is_terminal, gamma)
+        if self.projector is not None:
+            losses["redundancy"] = Term(self.redundancy(states.features, tokens), self.config.redundancy_weight)
         if draws.states is not None:
             wanted = [weight is not None for weight in weights]
             penalties = self.penalty_losses(states.deter, tokens, draws, *wanted)
@@ -246,7 +272,7 @@ class WorldModel(SteppedModule):
         is_terminal: Tensor,
         gamma: float,
     ) -> dict[str, Term]:
-        """Divergences, reward, continue and reconstruction losses.
+        """Divergences, reward, continue and, with a decoder, reconstruction losses.
 
         :param states: posterior states
         :param vectors, images: :meth:`targets`
@@ -267,12 +293,30 @@ class WorldModel(SteppedModule):
             for key, prediction, target in zip(self.spec.vectors, self._split_vectors(decoded[0]), vectors, strict=True):
                 error = vector_loss(prediction, target, key.nvec)
                 losses[f"reconstruction/{key.name}"] = Term(error, config.reconstruction_weight)
-        decoded_images = self._decode_images(states.deter, states.stoch.flatten(-2))
-        for group, prediction, target in zip(self.spec.image_groups.values(), decoded_images, images, strict=True):
-            errors = (prediction - target).square().split([image.channels for image in group], -1)
-            for image, error in zip(group, errors, strict=True):
-                losses[f"reconstruction/{image.name}"] = Term(error.sum((-3, -2, -1)), config.reconstruction_weight)
+        if self.image_decoders:
+            decoded_images = self._decode_images(states.deter, states.stoch.flatten(-2))
+            for group, prediction, target in zip(self.spec.image_groups.values(), decoded_images, images, strict=True):
+                errors = (prediction - target).square().split([image.channels for image in group], -1)
+                for image, error in zip(group, errors, strict=True):
+                    losses[f"reconstruction/{image.name}"] = Term(error.sum((-3, -2, -1)), config.reconstruction_weight)
         return losses
+
+    def redundancy(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """:func:`~sb3_dreamer_gpld.nets.redundancy.redundancy_loss` of all states of the batch, those of other processes too.
+
+        :param features: (B, T, D + C·K)
+        :param tokens: of the encoder, which gets no gradient by them, (B, T, tokens)
+        :return: scalar
+        """
+        assert self.projector is not None
+        with th.autocast(features.device.type, enabled=False):  # rounding would count where a mean is far above its deviation
+            projected = self.projector(at_least_float32(features.flatten(0, 1)))  # (B·T, tokens)
+        return self.correlations(self.gather(projected), self.gather(tokens.detach().flatten(0, 1)))
+
+    @compilable
+    def correlations(self, projected: Tensor, tokens: Tensor) -> Tensor:
+        """The loss of :meth:`redundancy` from projected states and tokens, (N, tokens) each."""
+        return redundancy_loss(projected, tokens, self.config.redundancy_lambda)
 
     @compilable
     def penalty_losses(

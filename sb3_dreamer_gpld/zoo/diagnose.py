@@ -255,6 +255,8 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
             f"{names[name]}: Jacobian norm of the posterior {x.smoothness.posterior_jacobian.mean():.3g}, of the prior "
             f"{x.smoothness.prior_jacobian.mean():.3g}; mean transition ratio {x.smoothness.transition_ratio.mean():.3g}"
         )
+        if "observation" not in x.errors:
+            print(f"{names[name]}: no errors of observations, since this model has no decoder (reconstruction='redundancy')")
     print(f"Saved the results in {options.out}")
 
 
@@ -280,6 +282,7 @@ def make_report(
             "open_loop": {
                 "k": list(range(len(x.counts))),
                 "windows": x.counts.tolist(),
+                "not_measured": [] if "observation" in x.errors else ["observation"],
                 "errors": {key: _numbers(error) for key, error in x.errors.items()},
                 "teacher_forced": {key: _numbers(error) for key, error in x.teacher_forced.items()},
             },

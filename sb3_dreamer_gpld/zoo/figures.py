@@ -45,7 +45,7 @@ def _boxes(axes: Axes, values: dict[str, Tensor], title: str) -> None:
 def draw_open_loop(found: Mapping[str, tuple[Errors, Errors]]) -> Figure:
     """Errors of observations, reward and continuation against the number of imagined steps.
 
-    :param found: by label, open-loop and teacher-forced errors
+    :param found: by label, open-loop and teacher-forced errors; those of observations may be missing
     """
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     titles = {
@@ -53,8 +53,11 @@ def draw_open_loop(found: Mapping[str, tuple[Errors, Errors]]) -> Figure:
         "reward": "reward: absolute error",
         "continue": "continue: absolute error",
     }
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    titles = {name: title for name, title in titles.items() if any(name in errors for errors, _ in found.values())}
+    for axes, (name, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for number, (label, (errors, seeing)) in enumerate(found.items()):
+            if name not in errors:
+                continue
             axes.plot(errors[name].cpu().numpy(), color=f"C{number}", label=label)
             axes.plot(seeing[name].cpu().numpy(), color=f"C{number}", ls=":", label=f"{label}, seeing every step")
         axes.set_ylim(bottom=0)
