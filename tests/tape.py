@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero")
 
 
+def _tensors(tree: Any) -> list[th.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, th.Tensor)]
+
+
 class Noting(TorchDispatchMode):
     """Notes operations while they are done, and the memory that was there before and is changed by them."""
 
@@ -39,7 +43,7 @@ class Noting(TorchDispatchMode):
             if storage.data_ptr() not in self._made and storage.data_ptr() not in self._before:
                 self._before[storage.data_ptr()] = storage, storage.clone()
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, th.Tensor)]
+        made = _tensors(result)
         if not func.is_view:
             self._made |= {tensor.untyped_storage().data_ptr() for tensor in made} - set(self._before)
             self.operations.append((func, args, kwargs, [] if func._schema.is_mutable else made))
@@ -50,7 +54,7 @@ class Noting(TorchDispatchMode):
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
-                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, th.Tensor))
+                yield from _tensors(value)
 
     def undo(self) -> None:
         for storage, before in self._before.values():
@@ -59,8 +63,8 @@ class Noting(TorchDispatchMode):
     @th.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, made in self.operations:
-            results = tree_leaves(func(*args, **kwargs))
-            for tensor, result in zip(made, results, strict=bool(made)) if made else ():
+            results = _tensors(func(*args, **kwargs))
+            for tensor, result in zip(made, results, strict=True) if made else ():
                 tensor.copy_(result)
 
 
