@@ -430,8 +430,9 @@ def register_metaworld() -> None:
         raise ImportError('Meta-World tasks need metaworld: pip install "sb3-dreamer-gpld[metaworld]"') from error
     if mujoco.mjNEQDATA != _WELD_NUMBERS:
         raise ImportError(
-            f"Meta-World does not work with MuJoCo {mujoco.__version__}, which is installed here: metaworld 3.1.1 needs 3.3.0, and "
-            'dm_control a newer one. pip install "sb3-dreamer-gpld[metaworld]" in a virtual environment without dm_control'
+            f"Meta-World does not work with MuJoCo {mujoco.__version__}, which is installed here: metaworld 3.1.1 needs 3.3.0,"
+            " and dm_control a newer one. In a virtual environment without dm_control: "
+            'pip install "sb3-dreamer-gpld[metaworld]"'
         )
     for name in metaworld.ALL_V3_ENVIRONMENTS:
         if METAWORLD.prefix + name not in gym.registry:

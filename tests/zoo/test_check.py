@@ -79,6 +79,36 @@ def test_every_task_has_the_setting_of_the_paper(name: str) -> None:
             assert entry["env_wrapper"][1]["sb3_dreamer_gpld.envs.PixelObservation"]["size"] == [64, 64], task
 
 
+METAWORLD = yaml.safe_load((arguments.CONFIGS / "dreamer_gpld_metaworld.yml").read_text())
+
+
+def test_every_metaworld_task_has_the_published_setting() -> None:
+    """That of R2-Dreamer's release for DreamerV3, and the GPLD paper's penalty."""
+    assert len(METAWORLD) == 51
+    for task, entry in METAWORLD.items():
+        assert task == "default" or re.fullmatch(r"metaworld/[a-z-]+-v3", task)
+        assert {key: entry[key] for key in PAPER} == {**PAPER, "imagination_horizon": 15}, task
+        assert entry["env_wrapper"] == [{"sb3_dreamer_gpld.envs.ActionRepeat": {"repeat": 2}}], task
+        assert entry["n_timesteps"] == 500_000, task
+
+
+@pytest.mark.usefixtures("no_metaworld")
+@pytest.mark.parametrize("task", sorted(set(METAWORLD) - {"default"}))
+def test_metaworld_tasks_without_their_extra(task: str) -> None:
+    with pytest.raises(SystemExit, match=r'Meta-World tasks need metaworld: pip install "sb3-dreamer-gpld\[metaworld\]"'):
+        zoo.main(["train", "--env", task, "-conf", "dreamer_gpld_metaworld.yml"])
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_names_of_metaworld_tasks_are_checked_where_it_is_installed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.yml").write_text(yaml.safe_dump({"metaworld/raech-v3": PLAIN, "metaworld/reach-v3": PLAIN}))
+    assert zoo.main(["check", "bad.yml"]) == 1
+    problem = (
+        "bad.yml, metaworld/raech-v3: the environment 'metaworld/raech-v3' does not exist. Did you mean 'metaworld/reach-v3'?"
+    )
+    assert capsys.readouterr().out.splitlines() == [problem]
+
+
 @pytest.mark.parametrize(
     "entry, problem",
     [
