@@ -36,7 +36,7 @@ test-metaworld: $(METAWORLD)/.installed
 	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest -q -m "long or not long" tests/test_metaworld.py
 
 $(METAWORLD)/.installed: pyproject.toml constraints.txt Makefile
-	@$(PYTHON) -m venv --clear $(METAWORLD)
+	@$(METAWORLD)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(METAWORLD)
 	@grep -v '^mujoco==' constraints.txt > $(METAWORLD)/constraints.txt
 	@$(METAWORLD)/bin/python -m pip install -qq --disable-pip-version-check -c $(METAWORLD)/constraints.txt \
 		-e '.[metaworld,zoo,extra,dev]'

@@ -256,11 +256,10 @@ def make_metaworld(
     import metaworld
 
     # What Meta-World's own id Meta-World/MT1 makes; that id would become the environment's name in logs.
-    env: gym.Env[Any, Any] = metaworld.make_mt_envs(name, seed=goal_seed, render_mode=render_mode, **kwargs)
+    env: Any = metaworld.make_mt_envs(name, seed=goal_seed, render_mode=render_mode, **kwargs)
     # Its space is that of a hidden goal, with bounds of 0, until a goal has been set.
     env.reset()
-    unwrapped: Any = env.unwrapped
-    unwrapped.observation_space = unwrapped.sawyer_observation_space
+    env.unwrapped.observation_space = env.unwrapped.sawyer_observation_space
     _seed_metaworld(env, seed)
     env = EpisodeSuccess(_SeededByReset(env))
     return env if action_repeat == 1 else ActionRepeat(env, action_repeat)
