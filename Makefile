@@ -9,7 +9,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # Of what hosting services read, against the schemas that it brings along.
 CHECK := $(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schema
 
-.PHONY: install demo test test-long lint format benchmark docs clean
+# Meta-World needs an older MuJoCo than dm_control does, so it has an environment of its own.
+METAWORLD := .venv-metaworld
+
+.PHONY: install demo test test-long test-metaworld lint format benchmark docs clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +31,16 @@ test: lint docs
 
 test-long: install
 	$(PYTEST) -m long
+
+test-metaworld: $(METAWORLD)/.installed
+	OMP_NUM_THREADS=1 $(METAWORLD)/bin/python -m pytest -q -m "long or not long" tests/test_metaworld.py
+
+$(METAWORLD)/.installed: pyproject.toml constraints.txt Makefile
+	@$(METAWORLD)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(METAWORLD)
+	@grep -v '^mujoco==' constraints.txt > $(METAWORLD)/constraints.txt
+	@$(METAWORLD)/bin/python -m pip install -qq --disable-pip-version-check -c $(METAWORLD)/constraints.txt \
+		-e '.[metaworld,zoo,extra,dev]'
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Environment helpers: repeated actions, dm_control tasks through Shimmy, and what is wrong with what environments give.
+"""Environment helpers: repeated actions, tasks of dm_control and Meta-World, and what is wrong with what environments give.
 
 The wrappers take plain numbers and lists only, so that a hyperparameter file of rl_zoo3 can name them::
 
@@ -10,10 +10,10 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 import difflib
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 from sb3_dreamer_gpld.config import check_int
 from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, spaces_by_key
 
-_DM_CONTROL = "dm_control/"
+_WELD_NUMBERS = 11  # of MuJoCo's weld constraints, as Meta-World 3 writes them
 
 
 def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
@@ -78,6 +78,58 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             total += float(reward)
             frames += 1
         return obs, total, terminated, truncated, {**info, "frames": frames}
+
+
+class EpisodeSuccess(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Report in ``info["is_success"]`` whether the episode has been a success so far, at this step or an earlier one.
+
+    SB3 reads it at the end of an episode, for ``rollout/success_rate`` and ``eval/success_rate``. That one step is enough is
+    how Meta-World counts: its own evaluation (``metaworld.evaluation`` of release 3.1.1) ends an episode at the first success.
+    Together with ``ActionRepeat``, wrap with this one first: then all of the repeated steps count.
+
+    :param env: the environment to wrap
+    :param key: where its info has the success of a step, a bool or a number that is not 0
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], key: str = "success") -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"key must be a text, such as 'success', not {key!r}")
+        self.key, self._reached = key, False
+        RecordConstructorArgs.__init__(self, key=key)
+        gym.Wrapper.__init__(self, env)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode, which is no success yet.
+
+        :param seed: of the environment
+        :param options: of the environment
+        :return: first observation and info, as the wrapped environment gives them
+        """
+        self._reached = False
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Make a step.
+
+        :param action: the action
+        :return: observation, reward, terminated, truncated, info with ``is_success``
+        :raises ValueError: the info lacks the success
+        """
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if self.key not in info:
+            has = ", ".join(map(str, info)) or "nothing"
+            raise ValueError(f"EpisodeSuccess needs info[{self.key!r}]; this environment's info has {has}")
+        self._reached = self._reached or bool(info[self.key])
+        return obs, reward, terminated, truncated, {**info, "is_success": self._reached}
+
+
+class _SeededByReset(gym.Wrapper[Any, Any, Any, Any]):
+    """A Meta-World environment whose goals follow from the seed of ``reset``, which Meta-World itself ignores."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            _seed_metaworld(self.env, seed)
+        return self.env.reset(seed=seed, options=options)
 
 
 class PixelObservation(gym.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
@@ -156,7 +208,7 @@ def make_dmc(
     :param seed: seed of the episodes; ``env.reset(seed=...)`` starts anew from its own seed
     :return: the environment
     """
-    env_id = _find_task(task)
+    env_id = _find_task(task, DM_CONTROL)
     make_kwargs: dict[str, Any] = {"render_mode": render_mode}
     if render_mode in ("rgb_array", "depth_array"):
         make_kwargs["render_kwargs"] = {"camera_id": camera_id}
@@ -171,6 +223,52 @@ def make_dmc(
     if pixels:
         env = PixelObservation(env, size, camera_id)
     return env
+
+
+def make_metaworld(
+    task: str,
+    action_repeat: int = 1,
+    goal_seed: int = 0,
+    render_mode: str | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> gym.Env[Any, Any]:
+    """Make a task of Meta-World as its benchmark MT1 has it: one task, with 50 goals of which each episode has one.
+
+    Observations are float64 of shape (39,): position of the hand and opening of the gripper (4 numbers), positions and
+    rotations of the objects (14), the same 18 of the step before, and the position of the goal (3). The reward of a step is
+    between 0 and 10. Episodes end by truncation after 500 steps of the simulator's control loop (of 0.0125 s), with or without
+    ``action_repeat``, also when the task is solved. ``info["is_success"]`` says whether it was solved at any step.
+
+    :param task: ``"reach"``, ``"reach-v3"``, or the same as a Gymnasium id, ``"metaworld/reach-v3"``
+    :param action_repeat: how many times each action is applied, see ``ActionRepeat``
+    :param goal_seed: of the 50 goals; training and evaluation have the same ones if it is the same
+    :param render_mode: what ``env.render()`` returns (``"rgb_array"`` for videos)
+    :param seed: of the order of the goals; ``env.reset(seed=...)`` starts anew from its own seed
+    :param kwargs: further arguments of ``metaworld.make_mt_envs``, such as ``camera_name="topview"``, ``width`` and ``height``
+        (pixels)
+    :return: the environment
+    :raises ImportError: metaworld is missing, or does not work with the MuJoCo that is installed
+    :raises ValueError: there is no such task
+    """
+    name = _find_task(task, METAWORLD).removeprefix(METAWORLD.prefix)
+    goal_seed = check_int("goal_seed", goal_seed, 0)
+    import metaworld
+
+    # What Meta-World's own id Meta-World/MT1 makes; that id would become the environment's name in logs.
+    env: Any = metaworld.make_mt_envs(name, seed=goal_seed, render_mode=render_mode, **kwargs)
+    # Its space is that of a hidden goal, with bounds of 0, until a goal has been set.
+    env.reset()
+    env.unwrapped.observation_space = env.unwrapped.sawyer_observation_space
+    _seed_metaworld(env, seed)
+    env = EpisodeSuccess(_SeededByReset(env))
+    return env if action_repeat == 1 else ActionRepeat(env, action_repeat)
+
+
+def _seed_metaworld(env: gym.Env[Any, Any], seed: int | None) -> None:
+    """Seed the order of a Meta-World environment's goals; None: from the system's entropy."""
+    unwrapped: Any = env.unwrapped
+    unwrapped.seed(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed))
 
 
 def lost_processes(env: VecEnv) -> str:
@@ -303,22 +401,6 @@ def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]
         )
 
 
-def registered(env: Any) -> Any:
-    """Register the dm_control tasks if the id of one is given that Gymnasium does not know yet.
-
-    They are registered by importing Shimmy, which imports dm_control and MuJoCo, too: seconds that only those who need them
-    should wait for, and the point at which MuJoCo reads ``MUJOCO_GL``.
-
-    :param env: what an algorithm is given as its environment
-    :return: the same
-    :raises ImportError: Shimmy or dm_control is missing
-    :raises ValueError: there is no such task
-    """
-    if isinstance(env, str) and env.startswith(_DM_CONTROL) and env not in gym.registry:
-        return _find_task(env)
-    return env
-
-
 def register_dm_control() -> None:
     """Register the dm_control tasks with Gymnasium, as ``dm_control/walker-walk-v0`` and so on.
 
@@ -333,20 +415,88 @@ def register_dm_control() -> None:
         raise ImportError('dm_control tasks need Shimmy and dm_control: pip install "sb3-dreamer-gpld[dmc]"') from error
 
 
-def _find_task(task: str) -> str:
-    """Look up a dm_control task, registering all of them on the first call.
+def register_metaworld() -> None:
+    """Register the Meta-World tasks with Gymnasium, as ``metaworld/reach-v3`` and so on.
+
+    :raises ImportError: metaworld is missing, or does not work with the MuJoCo that is installed
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="glfw")
+            import metaworld
+            import mujoco
+    except ImportError as error:
+        raise ImportError('Meta-World tasks need metaworld: pip install "sb3-dreamer-gpld[metaworld]"') from error
+    if mujoco.mjNEQDATA != _WELD_NUMBERS:
+        raise ImportError(
+            f"Meta-World does not work with MuJoCo {mujoco.__version__}, which is installed here: metaworld 3.1.1 needs 3.3.0,"
+            " and dm_control a newer one. In a virtual environment without dm_control: "
+            'pip install "sb3-dreamer-gpld[metaworld]"'
+        )
+    for name in metaworld.ALL_V3_ENVIRONMENTS:
+        if METAWORLD.prefix + name not in gym.registry:
+            gym.register(METAWORLD.prefix + name, entry_point="sb3_dreamer_gpld.envs:make_metaworld", kwargs={"task": name})
+
+
+class Suite(NamedTuple):
+    """Tasks of one package.
+
+    :param prefix: of their Gymnasium ids
+    :param version: the end of their ids
+    :param example: a task, without prefix and version
+    :param register: makes Gymnasium know them; raises ImportError if a package is missing
+    """
+
+    prefix: str
+    version: str
+    example: str
+    register: Callable[[], None]
+
+    def tasks(self) -> list[str]:
+        """:return: ids of the tasks that are registered"""
+        # Shimmy's wrapper for the caller's own dm_control environment is not a task
+        ids = [env_id for env_id in gym.registry if env_id.startswith(self.prefix)]
+        return [env_id for env_id in ids if env_id != "dm_control/compatibility-env-v0"]
+
+
+DM_CONTROL = Suite("dm_control/", "-v0", "walker-walk", register_dm_control)
+METAWORLD = Suite("metaworld/", "-v3", "button-press", register_metaworld)
+
+
+def suite_of(env: Any) -> Suite | None:
+    """:return: the suite that the id of an environment belongs to, None for other environments"""
+    return next((suite for suite in (DM_CONTROL, METAWORLD) if isinstance(env, str) and env.startswith(suite.prefix)), None)
+
+
+def registered(env: Any) -> Any:
+    """Register the tasks of dm_control or Meta-World if the id of one is given that Gymnasium does not know yet.
+
+    They are registered by importing their packages, which import MuJoCo, too: seconds that only those who need them
+    should wait for, and the point at which MuJoCo reads ``MUJOCO_GL``.
+
+    :param env: what an algorithm is given as its environment
+    :return: the same
+    :raises ImportError: a package of the suite is missing
+    :raises ValueError: there is no such task
+    """
+    suite = suite_of(env)
+    return env if suite is None or env in gym.registry else _find_task(env, suite)
+
+
+def _find_task(task: str, suite: Suite) -> str:
+    """Look up a task of a suite, registering all of them on the first call.
 
     :param task: short name or Gymnasium id of the task
+    :param suite: where to look
     :return: its Gymnasium id
     """
     if not isinstance(task, str):
-        raise TypeError(f"task must be a name such as 'walker-walk', got {task!r}")
-    register_dm_control()
-    names = [env_id.removeprefix(_DM_CONTROL).removesuffix("-v0") for env_id in gym.registry if env_id.startswith(_DM_CONTROL)]
-    names.remove("compatibility-env")  # Shimmy's wrapper for the caller's own dm_control environment, not a task
-    name = task.removeprefix(_DM_CONTROL).removesuffix("-v0")
+        raise TypeError(f"task must be a name such as {suite.example!r}, got {task!r}")
+    suite.register()
+    names = [env_id.removeprefix(suite.prefix).removesuffix(suite.version) for env_id in suite.tasks()]
+    name = task.removeprefix(suite.prefix).removesuffix(suite.version)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "tasks are named like walker-walk"
-        raise ValueError(f"unknown dm_control task {task!r}: {hint}")
-    return f"{_DM_CONTROL}{name}-v0"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"tasks are named like {suite.example}"
+        raise ValueError(f"unknown {suite.prefix[:-1]} task {task!r}: {hint}")
+    return f"{suite.prefix}{name}{suite.version}"

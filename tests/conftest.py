@@ -3,14 +3,25 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import gymnasium as gym
+import metaworld_standin
 import pytest
 import torch as th
 
 
 def _renders_with(backend: str) -> bool:
     """Try MuJoCo's rendering in a process of its own: a wrong backend fails at import, and for good."""
-    probe = "from dm_control import mujoco; mujoco.Physics.from_xml_string('<mujoco/>').render(8, 8)"
+    probe = """if True:
+        try:
+            from dm_control import mujoco
+        except ImportError:  # as where Meta-World is installed
+            import mujoco
+            mujoco.GLContext(8, 8).make_current()
+        else:
+            mujoco.Physics.from_xml_string('<mujoco/>').render(8, 8)
+    """
     env = {**os.environ, "MUJOCO_GL": backend}
     return subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, check=False).returncode == 0
 
@@ -39,3 +50,21 @@ def rendering() -> None:
     pytest.importorskip("dm_control")
     if os.environ["MUJOCO_GL"] == "disabled":
         pytest.skip("no OpenGL to render with: install libegl1, or set MUJOCO_GL")
+
+
+@pytest.fixture
+def no_metaworld(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if metaworld were not installed; what a test registers of it is forgotten."""
+    for name in [name for name in gym.registry if name.startswith("metaworld/")]:
+        monkeypatch.delitem(gym.registry, name)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    yield
+    for name in [name for name in gym.registry if name.startswith("metaworld/")]:
+        del gym.registry[name]
+
+
+@pytest.fixture
+def metaworld(no_metaworld: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for Meta-World."""
+    monkeypatch.setitem(sys.modules, "metaworld", metaworld_standin)
+    monkeypatch.setitem(sys.modules, "mujoco", metaworld_standin.MUJOCO)

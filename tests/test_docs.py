@@ -198,7 +198,8 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         with contextlib.suppress(ImportError):  # without Shimmy nothing can be said about dm_control's tasks
             register_dm_control()
         known = any(name.startswith("dm_control/") for name in gym.registry)
-        assert env in gym.registry or (env.startswith("dm_control/") and not known), env
+        metaworld = yaml.safe_load((CONFIGS / "dreamer_gpld_metaworld.yml").read_text())
+        assert env in gym.registry or env in metaworld or (env.startswith("dm_control/") and not known), env
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +255,7 @@ def test_commands_exist(block: Block) -> None:
         "dreamer-gpld trian",
         "dreamer-gpld train --evalfreq 3",
         "dreamer-gpld train --env dm_control/waker-walk-v0",
+        "dreamer-gpld train --env metaworld/raech-v3",
         "dreamer-gpld train -conf dreamer_v4.yml",
         "dremer-gpld train",
     ],

@@ -1,20 +1,34 @@
-"""ActionRepeat, and dm_control tasks through make_dmc."""
+"""The wrappers, dm_control tasks through make_dmc, and Meta-World's through make_metaworld."""
 
+import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecTransposeImage
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.envs import ActionRepeat, PixelObservation, make_dmc, steps_per_second
+from sb3_dreamer_gpld.envs import (
+    ActionRepeat,
+    EpisodeSuccess,
+    PixelObservation,
+    make_dmc,
+    make_metaworld,
+    registered,
+    steps_per_second,
+)
 
 
 class Counter(gym.Env[np.ndarray, int]):
@@ -321,3 +335,147 @@ def test_dmc_pixels_without_opengl_say_what_to_do() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "RuntimeError: MuJoCo cannot render pictures" in run.stderr and "MUJOCO_GL=egl" in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- success
+
+
+class Solved(Counter):
+    """Successful at some steps of the first episode and of every second one after it."""
+
+    def __init__(self, steps: tuple[int, ...] = (2,), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.steps, self.episode = steps, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.episode += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, {**info, "success": float(self.count in self.steps and self.episode % 2)}
+
+
+def successes(env: gym.Env, steps: int) -> list[bool]:
+    """``is_success`` of each step of an episode."""
+    env.reset()
+    return [env.step(0)[4]["is_success"] for _ in range(steps)]
+
+
+def test_an_episode_is_a_success_from_its_first_successful_step_on() -> None:
+    env = EpisodeSuccess(Solved())
+    assert successes(env, 5) == [False, True, True, True, True]
+    assert successes(env, 5) == [False] * 5
+    assert all(type(success) is bool for success in successes(env, 5))
+
+
+def test_a_success_between_repeated_steps_counts() -> None:
+    assert successes(ActionRepeat(EpisodeSuccess(Solved(steps=(1,))), 2), 2) == [True, True]
+
+
+def test_success_may_have_another_name_in_the_info() -> None:
+    assert successes(EpisodeSuccess(Counter(), key="n"), 1) == [True]
+    with pytest.raises(TypeError, match="key must be a text, such as 'success', not 1"):
+        EpisodeSuccess(Counter(), key=1)  # type: ignore[arg-type]
+
+
+def test_success_of_an_environment_without_it() -> None:
+    env = EpisodeSuccess(Counter())
+    env.reset()
+    with pytest.raises(ValueError, match=r"EpisodeSuccess needs info\['success'\]; this environment's info has n$"):
+        env.step(0)
+
+
+def test_success_is_rebuilt_from_the_spec() -> None:
+    env = gym.make(EpisodeSuccess(gym.make("CartPole-v1"), key="other").spec)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"info\['other'\]; .* has nothing"):
+        env.step(0)
+
+
+def test_sb3_logs_the_share_of_successful_episodes(tmp_path: Path) -> None:
+    """Half of them; in the last step of none there is a success."""
+    evaluation = EvalCallback(Monitor(EpisodeSuccess(Solved())), n_eval_episodes=4, eval_freq=40, verbose=0)
+    model = DreamerGPLD("MlpPolicy", EpisodeSuccess(Solved()), model_size="debug", learning_starts=1000, device="cpu")
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(40, callback=evaluation, log_interval=4)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    for name in ("rollout/success_rate", "eval/success_rate"):
+        assert {row[name] for row in rows if row[name]} == {"0.5"}, name
+
+
+# ---------------------------------------------------------------------------------------------------------- Meta-World
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_metaworld_tasks_have_ids() -> None:
+    for env in (make_metaworld("reach"), make_metaworld("reach-v3"), gym.make(registered("metaworld/reach-v3"))):
+        assert env.unwrapped.name == "reach-v3"  # type: ignore[attr-defined]
+    assert env.spec is not None and env.spec.id == "metaworld/reach-v3"
+    assert successes(env, 5) == [False, False, True, True, True]
+    assert env.observation_space == spaces.Box(-1.0, 1.0, (1,), np.float64)  # with the goal
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_goals_follow_from_the_seed() -> None:
+    def goals(env: gym.Env, **seed: int) -> list[float]:
+        return [float(env.reset(**seed)[0][0]), float(env.reset()[0][0])]
+
+    first, second = make_metaworld("reach", seed=3), make_metaworld("reach", seed=4)
+    expected = goals(first)
+    assert goals(second) != expected == goals(make_metaworld("reach", seed=3)) == goals(second, seed=3)
+    assert goals(make_metaworld("reach")) != goals(make_metaworld("reach")), "without a seed they are those of chance"
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_arguments_of_metaworld_environments() -> None:
+    env: Any = gym.make(registered("metaworld/reach-v3"), render_mode="rgb_array", action_repeat=2, goal_seed=7, width=64)
+    assert env.unwrapped.kwargs == {"goal_seed": 7, "width": 64} and env.render_mode == "rgb_array"
+    assert env.metadata["render_fps"] == 40
+    assert successes(env, 3) == [False, True, True]  # the third frame is the first of the second step
+    assert make_metaworld("reach").unwrapped.kwargs == {"goal_seed": 0}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="goal_seed must be a whole number of at least 0, not None"):
+        make_metaworld("reach", goal_seed=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("metaworld")
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("raech", "unknown metaworld task 'raech': did you mean reach"),
+        ("metaworld/drawer-clos-v3", "did you mean drawer-close"),
+        ("zzz", "tasks are named like button-press"),
+    ],
+)
+def test_unknown_metaworld_task(task: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_metaworld(task)
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_metaworld_task_must_be_a_name() -> None:
+    with pytest.raises(TypeError, match="task must be a name such as 'button-press', got 3"):
+        make_metaworld(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_metaworld")
+def test_metaworld_without_its_extra() -> None:
+    for make in (lambda: make_metaworld("reach"), lambda: DreamerGPLD("MlpPolicy", "metaworld/reach-v3")):
+        with pytest.raises(ImportError, match=r'Meta-World tasks need metaworld: pip install "sb3-dreamer-gpld\[metaworld\]"'):
+            make()
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_metaworld_with_a_mujoco_that_it_does_not_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mujoco", SimpleNamespace(__version__="3.17.0", mjNEQDATA=12))
+    with pytest.raises(
+        ImportError, match=r"does not work with MuJoCo 3\.17\.0.* needs 3\.3\.0.* without dm_control: pip install"
+    ):
+        make_metaworld("reach")
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_the_algorithm_takes_the_id_of_a_metaworld_task() -> None:
+    model = DreamerGPLD("MlpPolicy", "metaworld/reach-v3", model_size="debug", learning_starts=1000, device="cpu").learn(10)
+    assert list(model.ep_success_buffer or ()) == [True, True]

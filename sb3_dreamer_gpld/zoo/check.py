@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -19,9 +18,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer_gpld.config import SIZES, check_int, check_range, unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.envs import suite_of
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
-DM_CONTROL = "dm_control/"
 _PIXELS = "sb3_dreamer_gpld.envs.PixelObservation"
 
 # Inside rl_zoo3: constructor arguments that it gives itself, and what sets them
@@ -75,9 +74,10 @@ def check_file(file: str) -> list[str]:
 
 
 def _check_environment(name: object) -> Iterable[str]:
-    """Only dm_control's tasks are all known: other environments may come from packages that are not imported here."""
-    tasks = [env_id for env_id in gym.registry if env_id.startswith(DM_CONTROL)]
-    if str(name).startswith(DM_CONTROL) and tasks and name not in tasks:
+    """Only a suite's tasks are all known: other environments may come from packages that are not imported here."""
+    suite = suite_of(name)
+    tasks = suite.tasks() if suite is not None else []
+    if tasks and name not in tasks:
         yield unknown_name("the environment", name, tasks, brief=True)
 
 

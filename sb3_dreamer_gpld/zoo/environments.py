@@ -10,9 +10,8 @@ import sys
 import gymnasium as gym
 
 from sb3_dreamer_gpld.config import unknown_name
-from sb3_dreamer_gpld.envs import register_dm_control
+from sb3_dreamer_gpld.envs import DM_CONTROL, suite_of
 from sb3_dreamer_gpld.zoo.arguments import fail
-from sb3_dreamer_gpld.zoo.check import DM_CONTROL
 
 
 def has_display() -> bool:
@@ -54,8 +53,9 @@ def prepare_environment(env_id: str, packages: list[str], rendering: bool) -> No
     :raises SystemExit: it does not exist, or cannot be rendered
     """
     import_packages(packages)
+    suite = suite_of(env_id)
     is_mujoco = env_id in gym.registry and "gymnasium.envs.mujoco" in str(gym.registry[env_id].entry_point)
-    if is_mujoco or env_id.startswith(DM_CONTROL):
+    if is_mujoco or suite is not None:
         if not set_up_rendering() and rendering:
             fail(
                 f"{env_id} cannot be rendered here. Without a display MuJoCo needs EGL: install the system's library "
@@ -63,9 +63,9 @@ def prepare_environment(env_id: str, packages: list[str], rendering: bool) -> No
             )
     if env_id not in gym.registry:
         try:
-            register_dm_control()
+            (suite or DM_CONTROL).register()
         except ImportError as error:  # other environments do not need them
-            if env_id.startswith(DM_CONTROL):
+            if suite is not None:
                 fail(str(error))
     if env_id not in gym.registry:
         fail(

@@ -145,7 +145,8 @@ def write_model_card(folder: Path, run: Path, repo_id: str) -> None:
 
 
 def _versions() -> str:
-    packages = ("sb3-dreamer-gpld", "stable-baselines3", "rl_zoo3", "gymnasium", "shimmy", "dm-control", "torch", "numpy")
+    ours = ("sb3-dreamer-gpld", "stable-baselines3", "rl_zoo3")
+    packages = (*ours, "gymnasium", "shimmy", "dm-control", "metaworld", "mujoco", "torch", "numpy")
     lines = ["| package | version |", "| --- | --- |"]
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,7 +1,8 @@
 """The commands of ``dreamer-gpld``.
 
 Everything after the command goes to the script of rl_zoo3, so all of its options work. The commands fill in what rl_zoo3
-cannot know (the algorithm, its file of hyperparameters, the dm_control tasks) and look for mistakes before a run starts.
+cannot know (the algorithm, its file of hyperparameters, the tasks of dm_control and Meta-World) and look for mistakes before a
+run starts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sb3_dreamer_gpld.config import unknown_name
-from sb3_dreamer_gpld.envs import register_dm_control
+from sb3_dreamer_gpld.envs import DM_CONTROL, METAWORLD, suite_of
 from sb3_dreamer_gpld.trained import find_agent
 from sb3_dreamer_gpld.zoo import enjoy, sweep
 from sb3_dreamer_gpld.zoo.arguments import (
@@ -33,7 +34,7 @@ from sb3_dreamer_gpld.zoo.arguments import (
     say_environment,
     take,
 )
-from sb3_dreamer_gpld.zoo.check import DM_CONTROL, check_entry, check_file
+from sb3_dreamer_gpld.zoo.check import check_entry, check_file
 from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prepare_environment
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
@@ -123,7 +124,7 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
     except (AssertionError, ValueError) as error:
         fail(f"{error}. Train an agent first, or name the folder of the runs with -f")
     args = [*args, "--algo", algo, "-f", folder]
-    if rendering and options.env_kwargs is None and options.env.startswith(DM_CONTROL):
+    if rendering and options.env_kwargs is None and suite_of(options.env) is DM_CONTROL:
         # The tasks' own cameras follow the robot, unlike the free one that Shimmy takes
         camera = 2 if "/quadruped-" in options.env else 0
         args += ["--env-kwargs", f"render_kwargs:dict(camera_id={camera})"]
@@ -138,7 +139,7 @@ def _enjoy(args: list[str]) -> None:
 
     if not asks_for_help(args):
         options = parse(args, "no_render")
-        if options.env.startswith(DM_CONTROL) and not options.no_render and not has_display():
+        if suite_of(options.env) is not None and not options.no_render and not has_display():
             fail("there is no display to show the agent on: use --no-render, or record-video")
         args, _ = _prepare_agent(args, rendering=False)
     with given_arguments("enjoy", args):
@@ -220,8 +221,9 @@ def _check(args: list[str]) -> int:
     options = parser.parse_args(args)
     register()
     import_packages(options.gym_packages)
-    with contextlib.suppress(ImportError):  # the file may be about other environments
-        register_dm_control()
+    for suite in (DM_CONTROL, METAWORLD):
+        with contextlib.suppress(ImportError):  # the file may be about other environments
+            suite.register()
     status = 0
     for file in map(find_config, options.files):
         problems = check_file(file)

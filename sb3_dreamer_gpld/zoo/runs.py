@@ -210,4 +210,6 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
         callback.evaluations_timesteps = log["timesteps"][kept].tolist()
         callback.evaluations_results = log["results"][kept].tolist()
         callback.evaluations_length = log["ep_lengths"][kept].tolist()
+        if "successes" in log:
+            callback.evaluations_successes = log["successes"][kept].tolist()
         callback.best_mean_reward = float(log["results"][kept].mean(1).max())

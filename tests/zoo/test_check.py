@@ -19,7 +19,8 @@ SHIPPED = sorted(arguments.CONFIGS.glob("*.yml"))
 
 def test_files_are_shipped() -> None:
     names = {path.name for path in SHIPPED}
-    assert names == {"dreamer_gpld.yml", "dreamer_gpld_cpu.yml", "dreamer_gpld_pixels.yml", "dreamer_v3.yml"}
+    suffixes = ("gpld", "gpld_cpu", "gpld_metaworld", "gpld_pixels", "v3")
+    assert names == {f"dreamer_{suffix}.yml" for suffix in suffixes}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
@@ -28,7 +29,7 @@ def test_shipped_files_have_no_problem(file: Path, capsys: pytest.CaptureFixture
     assert "no problem found" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", [path for path in SHIPPED if "metaworld" not in path.stem], ids=lambda path: path.stem)
 def test_shipped_files_name_existing_environments(file: Path) -> None:
     pytest.importorskip("shimmy")
     pytest.importorskip("dm_control")
@@ -76,6 +77,36 @@ def test_every_task_has_the_setting_of_the_paper(name: str) -> None:
             assert entry["env_wrapper"][:1] == wrappers and entry["policy"] == "MultiInputPolicy", task
         if name == "dreamer_gpld_pixels":
             assert entry["env_wrapper"][1]["sb3_dreamer_gpld.envs.PixelObservation"]["size"] == [64, 64], task
+
+
+METAWORLD = yaml.safe_load((arguments.CONFIGS / "dreamer_gpld_metaworld.yml").read_text())
+
+
+def test_every_metaworld_task_has_the_published_setting() -> None:
+    """That of R2-Dreamer's release for DreamerV3, and the GPLD paper's penalty."""
+    assert len(METAWORLD) == 51
+    for task, entry in METAWORLD.items():
+        assert task == "default" or re.fullmatch(r"metaworld/[a-z-]+-v3", task)
+        assert {key: entry[key] for key in PAPER} == {**PAPER, "imagination_horizon": 15}, task
+        assert entry["env_wrapper"] == [{"sb3_dreamer_gpld.envs.ActionRepeat": {"repeat": 2}}], task
+        assert entry["n_timesteps"] == 500_000, task
+
+
+@pytest.mark.usefixtures("no_metaworld")
+@pytest.mark.parametrize("task", sorted(set(METAWORLD) - {"default"}))
+def test_metaworld_tasks_without_their_extra(task: str) -> None:
+    with pytest.raises(SystemExit, match=r'Meta-World tasks need metaworld: pip install "sb3-dreamer-gpld\[metaworld\]"'):
+        zoo.main(["train", "--env", task, "-conf", "dreamer_gpld_metaworld.yml"])
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_names_of_metaworld_tasks_are_checked_where_it_is_installed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.yml").write_text(yaml.safe_dump({"metaworld/raech-v3": PLAIN, "metaworld/reach-v3": PLAIN}))
+    assert zoo.main(["check", "bad.yml"]) == 1
+    problem = (
+        "bad.yml, metaworld/raech-v3: the environment 'metaworld/raech-v3' does not exist. Did you mean 'metaworld/reach-v3'?"
+    )
+    assert capsys.readouterr().out.splitlines() == [problem]
 
 
 @pytest.mark.parametrize(

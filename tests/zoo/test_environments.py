@@ -3,6 +3,7 @@
 import os
 import sys
 
+import gymnasium as gym
 import pytest
 
 from sb3_dreamer_gpld.zoo import environments
@@ -24,3 +25,17 @@ def test_rendering_is_set_up_without_a_display_only(monkeypatch: pytest.MonkeyPa
     assert not environments.set_up_rendering() and "MUJOCO_GL" not in os.environ
     works[0] = True
     assert environments.set_up_rendering() and os.environ["MUJOCO_GL"] == "egl"
+
+
+@pytest.mark.usefixtures("metaworld")
+def test_metaworld_is_registered_and_can_be_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = [True]
+    monkeypatch.setattr(environments, "set_up_rendering", lambda: works[0])
+    environments.prepare_environment("metaworld/reach-v3", [], rendering=True)
+    assert "metaworld/reach-v3" in gym.registry
+    works[0] = False
+    environments.prepare_environment("metaworld/reach-v3", [], rendering=False)
+    with pytest.raises(SystemExit, match="metaworld/reach-v3 cannot be rendered here"):
+        environments.prepare_environment("metaworld/reach-v3", [], rendering=True)
+    with pytest.raises(SystemExit, match="'metaworld/raech-v3' does not exist. Did you mean 'metaworld/reach-v3'?"):
+        environments.prepare_environment("metaworld/raech-v3", [], rendering=False)

@@ -128,7 +128,8 @@ def test_rendering_needs_a_backend(folder: Path, monkeypatch: pytest.MonkeyPatch
         zoo.main(["record-video", "--env", "dm_control/reacher-easy-v0"])
 
 
-def test_enjoy_needs_a_display_for_dm_control(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("env", ["dm_control/walker-walk-v0", "metaworld/reach-v3"])
+def test_enjoy_needs_a_display_for_mujoco(monkeypatch: pytest.MonkeyPatch, env: str) -> None:
     monkeypatch.setattr(zoo, "has_display", lambda: False)
     with pytest.raises(SystemExit, match="--no-render, or record-video"):
-        zoo.main(["enjoy", "--env", "dm_control/walker-walk-v0"])
+        zoo.main(["enjoy", "--env", env])

@@ -100,8 +100,14 @@ def test_the_evaluations_before_are_kept(tmp_path: Path) -> None:
     restore_evaluations(callback, 100)
     assert callback.evaluations_timesteps == []
     results = np.array([[1.0, 2.0], [5.0, 6.0], [9.0, 9.0]])
-    np.savez(tmp_path / "evaluations.npz", timesteps=[10, 20, 30], results=results, ep_lengths=[[3, 4]] * 3)
+    log: dict[str, Any] = dict(timesteps=[10, 20, 30], results=results, ep_lengths=[[3, 4]] * 3)
+    np.savez(tmp_path / "evaluations.npz", **log, successes=[[True, False], [False, False], [True, True]])
     restore_evaluations(callback, 25)
+    assert callback.evaluations_successes == [[True, False], [False, False]]
+    np.savez(tmp_path / "evaluations.npz", **log)  # of an environment that does not report success
+    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path))
+    restore_evaluations(callback, 25)
+    assert callback.evaluations_successes == []
     assert callback.evaluations_timesteps == [10, 20] and callback.best_mean_reward == 5.5
     assert callback.evaluations_results == [[1.0, 2.0], [5.0, 6.0]]
 
