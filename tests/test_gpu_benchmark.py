@@ -54,4 +54,5 @@ def test_the_order() -> None:
     parts = list(gpu.plan(["1m", "12m"]))
     names = list(dict.fromkeys(part.name for part in parts))
     assert names == ["packages", "tests", "parity", "update", "loop", "walk"] == list(gpu.PARTS)
-    assert sum(part.name == "update" for part in parts) == 2 * 2 * 3
+    updates = [part.options for part in parts if part.name == "update"]
+    assert len(updates) == 2 * 3 * 3 and [each["penalty"] for each in updates[:6]] == ["hutchinson"] * 6
