@@ -8,7 +8,7 @@ In this order, each part in a process of its own, so that one that breaks leaves
     tests     tests/test_cuda.py
     parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
               and captured as a CUDA graph
-    update    milliseconds, kernels and peak memory of an update, for each size, penalty and way to run it
+    update    milliseconds, kernels and memory of an update, for each size, penalty and way to run it, as far as the time goes
     loop      steps and updates per second of the whole loop with 1 and 16 environments
     walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
 
@@ -26,7 +26,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,9 @@ PENALTIES: dict[str, dict[str, Any]] = {  # the most wanted figures first
     "off": dict(posterior_penalty=0.0),
     "exact": dict(posterior_penalty=0.5, penalty_estimator="exact"),
 }
-MODES = ("uncompiled", "compiled", "captured")
+# Ways to run an update, those of one process together: compiling takes most of its time.
+MODES = (("uncompiled",), ("compiled", "captured"))
+RECORDINGS = ("cont0", "disc0", "image0")
 LAST_SECONDS = 20.0  # kept for saving at the end of a part
 LEAST_SECONDS = 15.0  # with less a part is not begun
 
@@ -59,24 +61,32 @@ class Part(NamedTuple):
 
     @property
     def title(self) -> str:
-        return " ".join([self.name, *map(str, self.options.values())])
+        return " ".join(
+            [self.name, *(value if isinstance(value, str) else json.dumps(value) for value in self.options.values())]
+        )
 
 
 def plan(sizes: list[str]) -> Iterator[Part]:
     """All parts in their order."""
     yield Part("packages", {}, 60.0)
     yield Part("tests", {}, 120.0)
-    for mode in MODES:
-        yield Part("parity", {"mode": mode}, 90.0)
-    for penalty, size, mode in itertools.product(PENALTIES, sizes, MODES):
-        limit = 45.0 if mode == "uncompiled" else 120.0
-        yield Part("update", {"size": size, "mode": mode, "penalty": penalty}, limit, reserve=150.0)
+    for modes in MODES:
+        for recording in RECORDINGS:
+            yield Part("parity", {"recording": recording, "modes": modes}, 60.0 if len(modes) == 1 else 90.0, reserve=300.0)
+    for penalty, size, modes in itertools.product(PENALTIES, sizes, MODES):
+        limit = 45.0 if len(modes) == 1 else 150.0
+        yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=150.0)
     for environments in (1, 16):
         yield Part("loop", {"size": sizes[0], "environments": environments}, 120.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
+
+
+def note(folder: Path, found: dict[str, Any]) -> None:
+    """Keep what a part has found so far, whatever becomes of it."""
+    (folder / "part.json").write_text(json.dumps(found))
 
 
 def packages(device: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -101,8 +111,8 @@ def tests(device: str, folder: Path, seconds: float) -> dict[str, Any]:
     return {"summary": summary}
 
 
-def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, Any]:
-    """Largest relative error of a loss, and of a gradient beside its largest entry, for each recording."""
+def parity(device: str, folder: Path, seconds: float, recording: str, modes: Sequence[str]) -> dict[str, Any]:
+    """Largest relative error of a loss, and of a gradient beside its largest entry, in each way to run it."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "nets")]
     import torch as th
     from test_parity import RECORDINGS, Recording
@@ -111,64 +121,76 @@ def parity(device: str, folder: Path, seconds: float, mode: str) -> dict[str, An
     from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING, Execution
     from sb3_dreamer_gpld.learner import Draws
 
+    th.backends.cudnn.allow_tf32 = False  # the recordings are in float32
+    recorded = Recording(RECORDINGS[recording])
+    model = recorded.model()
+    arguments = recorded.batch(model), Draws(recorded.world_draws(model), recorded.imagination_draws(model))
+    model.device, model.policy = th.device(device), model.policy.to(device)
+    moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, th.Tensor) else leaf, arguments)
+    execution = model.learner.execution = Execution(model.policy, model.device)
+
+    def gradients_of(inputs: tuple) -> th.Tensor:
+        model.policy.zero_grad(set_to_none=True)
+        total = model.learner.loss(*inputs, model._n_updates).total
+        total.backward()
+        return total.detach()
+
     found: dict[str, Any] = {}
-    for name in ("cont0", "disc0", "image0"):
-        recording = Recording(RECORDINGS[name])
-        model = recording.model()
-        arguments = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
-        model.device, model.policy = th.device(device), model.policy.to(device)
-        execution = model.learner.execution = Execution(model.policy, model.device)
-        if mode != "uncompiled":
+    for mode in modes:
+        if mode != "uncompiled" and not execution.compiled:
             execution.compile()
+        recorder = execution.recorder
         if mode != "captured":
             execution.recorder = None
-        moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, th.Tensor) else leaf, arguments)
-
-        def gradients_of(inputs: tuple, model: Any = model) -> th.Tensor:
-            model.policy.zero_grad(set_to_none=True)
-            total = model.learner.loss(*inputs, model._n_updates).total
-            total.backward()
-            return total.detach()
-
         for _ in range(CALLS_BEFORE_RECORDING + 2):  # so many that it is captured, and replayed
             total = execution.run_whole(gradients_of, lambda: "parity", moved)
-        captured = execution.captured("gradients_of")
-        assert captured == (mode == "captured" and model.device.type == "cuda"), "the loss was not captured"
-        recorded = recording.tensor("loss_total")
-        gradients = recording.parameters("grad/")
+        execution.recorder = recorder
         ours = {key: value.grad.cpu() for key, value in model.policy.named_parameters() if value.grad is not None}
         errors = {
             key: float((ours[key] - value).abs().max() / value.abs().max())
-            for key, value in gradients.items()
+            for key, value in recorded.parameters("grad/").items()
             if key in ours and value.abs().max() > 0
         }
         worst = max(errors, key=errors.__getitem__)
-        error = float((total.detach().cpu() - recorded).abs() / recorded.abs())
-        found[name] = {"loss": error, "gradient": errors[worst], "worst": worst}
+        expected = recorded.tensor("loss_total")
+        error = float((total.detach().cpu() - expected).abs() / expected.abs())
+        found[mode] = {"loss": error, "gradient": errors[worst], "worst": worst}
+        found[mode]["captured"] = mode == "captured" and execution.captured("gradients_of")
+        note(folder, found)
     return found
 
 
-def update(device: str, folder: Path, seconds: float, size: str, mode: str, penalty: str) -> dict[str, Any]:
-    """Milliseconds of an update of 16 x 64 steps (median of eleven), kernels that it launches, and peak memory."""
-    import numpy as np
+def update(device: str, folder: Path, seconds: float, size: str, penalty: str, modes: Sequence[str]) -> dict[str, Any]:
+    """Milliseconds of an update of 16 x 64 steps (median of eleven), kernels that it launches, and memory."""
     import torch as th
 
     from benchmarks.walker import filled_model
-    from benchmarks.yardstick import synchronize
     from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING
 
-    options = {"compile": mode != "uncompiled", "precision": "auto", "buffer_size": 10_000, **PENALTIES[penalty]}
+    options = {"compile": modes[0] != "uncompiled", "precision": "auto", "buffer_size": 10_000, **PENALTIES[penalty]}
     model = filled_model(model_size=size, device=device, **options)
-    execution = model.learner.execution
-    if mode != "captured":
-        execution.recorder = None
-    if model.device.type == "cuda":
-        th.cuda.reset_peak_memory_stats()
-    first = time.perf_counter()
-    model.train(1, model.batch_size)
-    synchronize(model.device)
-    first = time.perf_counter() - first
-    model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
+    execution, found = model.learner.execution, dict[str, Any]()
+    recorder = execution.recorder
+    for mode in modes:
+        execution.recorder = recorder if mode == "captured" else None
+        if model.device.type == "cuda":
+            th.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model.train(1, model.batch_size)
+        first = time.perf_counter() - start
+        model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
+        found[mode] = {"first_s": first, **timed(model), "captured": mode == "captured" and execution.captured("step")}
+        note(folder, found)
+    return found
+
+
+def timed(model: Any) -> dict[str, Any]:
+    """Time of an update as it is run now, and on a GPU its kernels and the memory since the last reset."""
+    import numpy as np
+    import torch as th
+
+    from benchmarks.yardstick import synchronize
+
     times = []
     for _ in range(11):
         synchronize(model.device)
@@ -176,10 +198,10 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
         model.train(1, model.batch_size)
         synchronize(model.device)
         times.append(time.perf_counter() - start)
-    found = {"ms": 1e3 * float(np.median(times)), "ms_range": [1e3 * min(times), 1e3 * max(times)], "first_s": first}
-    found["captured"] = execution.captured("step")
+    found = {"ms": 1e3 * float(np.median(times)), "ms_range": [1e3 * min(times), 1e3 * max(times)]}
     if model.device.type == "cuda":
         found["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
+        found["reserved_mib"] = th.cuda.max_memory_reserved() / 2**20  # with the pools of graphs
         with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CUDA]) as profile:
             model.train(1, model.batch_size)
             synchronize(model.device)
@@ -287,7 +309,9 @@ def run_part(part: Part, device: str, folder: Path, seconds: float) -> dict[str,
     except subprocess.TimeoutExpired as expired:
         parts = (printed for printed in (expired.stdout, expired.stderr) if printed)
         status, output = "stopped", "".join(text if isinstance(text, str) else text.decode() for text in parts)
-    found = json.loads(out.read_text()) if status == "ok" and out.exists() else {"output": output[-4000:]}
+    found = json.loads(out.read_text()) if out.exists() else {}
+    if status != "ok":
+        found["output"] = output[-4000:]
     out.unlink(missing_ok=True)
     return {"part": part.title, "status": status, "s": round(time.perf_counter() - start, 1), **found}
 
@@ -327,7 +351,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if args.part:
         found = PARTS[args.part](args.device, folder, args.seconds, **args.options)
-        (folder / "part.json").write_text(json.dumps(found))
+        note(folder, found)
         return 0
     parts = [part for part in plan(args.sizes) if args.only is None or part.name in args.only]
     return min(1, run_all(parts, args.device, folder, args.minutes))

@@ -367,7 +367,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
     # ----------------------------------------------------------------------------------------- collecting
 
-    @th.inference_mode()
+    @th.no_grad()  # not inference_mode, whose tensors a CUDA graph of the update could not share
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ None of them changes what is computed beyond rounding.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -141,8 +142,11 @@ class Execution(Runner):
 class Recorder(Protocol):
     """A way to run a function once and its operations again and again."""
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> Any:
-        """Run a function that is to be recorded later, where that will be done."""
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+        """Run a function that is to be recorded later, where that will be done.
+
+        :return: what it returned, and why it cannot be recorded, or ""
+        """
 
     def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
         """Note a function's operations without their effects.
@@ -160,17 +164,33 @@ class CudaGraphs:
     def __init__(self, device: th.device) -> None:
         self.stream = th.cuda.Stream(device)
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> Any:
-        self.stream.wait_stream(th.cuda.current_stream())
-        with th.cuda.stream(self.stream):
-            outputs = function(inputs)
-        th.cuda.current_stream().wait_stream(self.stream)
-        return outputs
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+        current, mode = th.cuda.current_stream(self.stream.device), th.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        with warnings.catch_warnings(record=True) as told, th.cuda.stream(self.stream):
+            warnings.simplefilter("always")
+            th.cuda.set_sync_debug_mode("warn")
+            try:
+                outputs = function(inputs)
+            finally:
+                th.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self.stream)
+        # An operation that waits would break a recording, and leave the allocator and the random numbers in one
+        waits = [each for each in told if "synchronizing CUDA operation" in str(each.message)]
+        for each in told:
+            if each not in waits:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return outputs, str(waits[0].message) if waits else ""
 
     def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
-        graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(graph, stream=self.stream):
-            outputs = function(inputs)
+        current, graph = th.cuda.current_stream(self.stream.device), th.cuda.CUDAGraph()
+        gc.collect()  # what is freed during a recording would break it
+        th.clear_autocast_cache()
+        try:
+            with th.cuda.graph(graph, stream=self.stream):
+                outputs = function(inputs)
+        finally:
+            th.cuda.set_stream(current)  # which a recording that fails leaves behind
         return outputs, graph.replay
 
 
@@ -213,21 +233,26 @@ class Recorded:
         if self.recording is None:
             self._calls += 1
             if self._calls <= CALLS_BEFORE_RECORDING:
-                return self.recorder.aside(function, inputs)
+                outputs, problem = self.recorder.aside(function, inputs)
+                if problem and self._calls == CALLS_BEFORE_RECORDING:
+                    self._give_up(function, problem)
+                return outputs
             own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
             try:
                 outputs, replay = self.recorder.record(function, own)
             except Exception as error:
-                self._failed = True
-                name = function.__name__.strip("_")
-                warnings.warn(
-                    f"Recording {name!r} as a CUDA graph failed, so training goes on without: {str(error)[:500]}", stacklevel=4
-                )
+                self._give_up(function, str(error))
                 return function(inputs)
             self.recording = Recording([leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)], outputs, replay)
         th._foreach_copy_(self.recording.inputs, tensors)
         self.recording.replay()
         return self.recording.outputs
+
+    def _give_up(self, function: Callable[[Any], Any], problem: str) -> None:
+        self._failed = True
+        name = function.__name__.strip("_")
+        text = f"Recording {name!r} as a CUDA graph failed, so training goes on without: {problem[:500]}"
+        warnings.warn(text, stacklevel=5)
 
 
 def addresses(*modules: nn.Module) -> tuple[int, ...]:

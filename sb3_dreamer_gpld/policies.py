@@ -11,6 +11,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -29,10 +30,11 @@ from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.nets.spectral import normalize_spectrally
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
-from sb3_dreamer_gpld.observations import by_key
+from sb3_dreamer_gpld.observations import by_key, like_space
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.planning import Planner, PlannerConfig
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
+from sb3_dreamer_gpld.transfer import to_device
 
 CALLS_WITHOUT_STATE = 10  # of predict in a row, before a warning
 
@@ -220,7 +222,11 @@ class DreamerPolicy(BasePolicy):
         if isinstance(observation, dict) and isinstance(self.observation_space, spaces.Dict):
             empty = {name for name, space in self.observation_space.items() if 0 in (space.shape or ())}
             observation = {name: value for name, value in observation.items() if name not in empty}
-        return super().obs_to_tensor(observation)
+        # SB3 looks at nothing else of a policy, and would make the host wait for a copy of each key
+        host = SimpleNamespace(observation_space=self.observation_space, device=th.device("cpu"))
+        tensors, vectorized = BasePolicy.obs_to_tensor(host, observation)  # type: ignore[arg-type]
+        moved = {key: to_device(tensor, self.device) for key, tensor in by_key(tensors).items()}
+        return like_space(moved, self.observation_space), vectorized
 
     def initial_state(self, n_envs: int) -> RecurrentState:
         """State before the first step of E environments: zeros."""

@@ -41,7 +41,7 @@ def to_host(*tensors: Tensor) -> Arrays:
         copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copies.append(copy.copy_(tensor, non_blocking=True))
     done = th.cuda.Event()
-    done.record()
+    done.record(th.cuda.current_stream(next(tensor.device for tensor in tensors if tensor.is_cuda)))
     return Arrays(tuple(copies), done)
 
 

@@ -74,8 +74,8 @@ class Tape:
     def __init__(self) -> None:
         self.recordings = self.replays = 0
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> Any:
-        return function(inputs)
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+        return function(inputs), ""
 
     def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
         random_state, noting = th.get_rng_state(), Noting()

@@ -10,7 +10,7 @@ import torch as th
 from test_parity import RECORDINGS, Recording
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.execution import CudaGraphs
+from sb3_dreamer_gpld.execution import CudaGraphs, Execution
 from sb3_dreamer_gpld.learner import Draws
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")]
@@ -28,19 +28,18 @@ def on_gpu(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["cont0", "disc0", "image0"])
-def test_update_is_the_recorded_one_and_does_not_wait(name: str) -> None:
+def test_update_is_the_recorded_one_and_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)  # the recordings are in float32
     recording = Recording(RECORDINGS[name])
     model = recording.model()
-    model.device = th.device("cuda")
-    model.policy = model.policy.cuda()
-    arguments = [
-        on_gpu(recording.batch(model)),
-        on_gpu(Draws(recording.world_draws(model), recording.imagination_draws(model))),
-        model._n_updates,
-    ]
+    batch, draws = recording.batch(model), Draws(recording.world_draws(model), recording.imagination_draws(model))
+    model.device, model.policy = th.device("cuda"), model.policy.cuda()
+    for state in model.policy.optimizer.state.values():
+        state.update(on_gpu(state))
+    arguments = on_gpu(batch), on_gpu(draws), model._n_updates
     result = model.learner.loss(*arguments)
     th.testing.assert_close(result.total.detach().cpu(), recording.tensor("loss_total"), rtol=1e-4, atol=0.0)
-    model.learner.update(*arguments, [1e-4])  # allocates the optimiser's state
+    model.learner.update(*arguments, [1e-4])
     th.cuda.set_sync_debug_mode("error")
     try:
         model.learner.update(*arguments, [1e-4])
@@ -76,15 +75,68 @@ def test_captured_training_is_the_same(options: dict[str, Any]) -> None:
         th.testing.assert_close(other.policy.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_captured_updates_draw_anew() -> None:
-    model = recorded(DreamerGPLD("MlpPolicy", "Pendulum-v1", seed=0, device="cuda", **SIZES)).learn(60)
-    logs = []
-    for _ in range(2):
-        model.learner.metrics.take()
-        model.train(1, 4)
-        logs.append(model.learner.metrics.take())
+def test_replays_draw_anew() -> None:
+    execution = Execution(th.nn.Linear(1, 1).cuda(), th.device("cuda"))
+    execution.recorder = CudaGraphs(th.device("cuda"))
+
+    def draw(inputs: th.Tensor) -> th.Tensor:
+        return inputs + th.rand(4, device="cuda")
+
+    def draws(seed: int) -> list[th.Tensor]:
+        th.cuda.manual_seed(seed)
+        return [execution.run_whole(draw, lambda: "draw", th.zeros(4, device="cuda")).cpu() for _ in range(8)]
+
+    first, second = draws(0), draws(0)
+    assert execution.captured("draw")
+    assert len({tuple(each.tolist()) for each in first}) == 8
+    th.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_function_that_waits_is_not_captured() -> None:
+    execution = Execution(th.nn.Linear(1, 1).cuda(), th.device("cuda"))
+    execution.recorder = CudaGraphs(th.device("cuda"))
+
+    def reading(inputs: th.Tensor) -> th.Tensor:
+        return inputs * inputs.sum().item()
+
+    with pytest.warns(UserWarning, match="Recording 'reading' as a CUDA graph failed"):
+        results = [execution.run_whole(reading, lambda: "read", th.ones(3, device="cuda")).cpu() for _ in range(8)]
+    assert all(th.equal(each, th.full((3,), 3.0)) for each in results) and not execution.captured("reading")
+
+
+def test_a_capture_that_fails_leaves_the_rest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where waiting was not seen before."""
+    monkeypatch.setattr(CudaGraphs, "aside", lambda self, function, inputs: (function(inputs), ""))
+    execution, before = Execution(th.nn.Linear(1, 1).cuda(), th.device("cuda")), th.cuda.current_stream()
+    execution.recorder = CudaGraphs(th.device("cuda"))
+
+    def reading(inputs: th.Tensor) -> th.Tensor:
+        return inputs * inputs.sum().item() + th.rand(3, device="cuda")
+
+    with pytest.warns(UserWarning, match="Recording 'reading' as a CUDA graph failed"):
+        for _ in range(6):
+            execution.run_whole(reading, lambda: "read", th.ones(3, device="cuda"))
+    assert th.cuda.current_stream() == before
+    th.rand(3, device="cuda").sum().item()
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "options"),
+    [
+        ("MlpPolicy", "CartPole-v1", {}),
+        ("MlpPolicy", "Pendulum-v1", {"planner": {"samples": 8, "policy_samples": 2, "elites": 3}, "plan_in_training": True}),
+    ],
+    ids=["discrete", "planner"],
+)
+def test_what_else_is_captured(policy: str, env: str, options: dict[str, Any]) -> None:
+    assert_captured(recorded(DreamerGPLD(policy, env, seed=0, device="cuda", **SIZES, **options)).learn(60))
+
+
+def test_compiled_updates_in_bfloat16_are_captured() -> None:
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", seed=0, device="cuda", precision="bfloat16", compile=True, **SIZES)
+    model.learn(60)
+    assert not model.learner.execution.failed
     assert_captured(model)
-    assert logs[0]["loss/total"] != logs[1]["loss/total"]
 
 
 def test_a_captured_update_does_not_wait() -> None:

@@ -31,7 +31,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [
         gpu.Part("loop", {"size": "no such size", "environments": 1}, 60.0),
-        gpu.Part("update", {"size": "debug", "mode": "uncompiled", "penalty": "off"}, 0.5),
+        gpu.Part("update", {"size": "debug", "penalty": "off", "modes": ["uncompiled"]}, 0.5),
         gpu.Part("packages", {}, 60.0),
         gpu.Part("walk", {"size": "debug"}, 60.0, reserve=1e6),
     ]
@@ -55,4 +55,14 @@ def test_the_order() -> None:
     names = list(dict.fromkeys(part.name for part in parts))
     assert names == ["packages", "tests", "parity", "update", "loop", "walk"] == list(gpu.PARTS)
     updates = [part.options for part in parts if part.name == "update"]
-    assert len(updates) == 2 * 3 * 3 and [each["penalty"] for each in updates[:6]] == ["hutchinson"] * 6
+    assert len(updates) == 2 * 2 * 3 and [each["penalty"] for each in updates[:4]] == ["hutchinson"] * 4
+    assert {mode for each in updates for mode in each["modes"]} == {"uncompiled", "compiled", "captured"}
+
+
+def test_parity_and_times(tmp_path: Path) -> None:
+    """Uncompiled; what was found before a part breaks is kept."""
+    found = gpu.parity("cpu", tmp_path, 60.0, "cont0", ["uncompiled"])
+    assert found["uncompiled"]["loss"] < 1e-5 and found["uncompiled"]["gradient"] < 1e-3
+    assert json.loads((tmp_path / "part.json").read_text()) == found
+    found = gpu.update("cpu", tmp_path, 60.0, "debug", "off", ["uncompiled", "no such way"])
+    assert 0 < found["uncompiled"]["ms"] and not found["uncompiled"]["captured"]

@@ -182,19 +182,26 @@ def test_an_update_that_fails_is_told_and_changes_nothing() -> None:
         assert th.equal(value, before[name]), name
 
 
-def test_a_recording_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on without it, after one warning for each function."""
+class Failing(Tape):
+    def record(self, *args: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
 
-    class Failing(Tape):
-        def record(self, *args: Any) -> Any:
-            raise RuntimeError("operation not permitted when stream is capturing")
 
+class Waiting(Tape):
+    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+        return function(inputs), "called a synchronizing CUDA operation"
+
+
+@pytest.mark.parametrize(("recorder", "text"), [(Failing, "operation not permitted"), (Waiting, "called a synchronizing")])
+def test_a_recording_that_fails(recorder: type[Tape], text: str) -> None:
+    """Training goes on without it, after one warning for each function; one that would fail is not begun."""
     plain = model_of("vectors").learn(60, log_interval=None)
     other = model_of("vectors")
-    other.learner.execution.recorder = Failing()
-    with pytest.warns(UserWarning, match="as a CUDA graph failed, so training goes on without: operation not") as warned:
+    other.learner.execution.recorder = tape = recorder()
+    with pytest.warns(UserWarning, match=f"as a CUDA graph failed, so training goes on without: {text}") as warned:
         other.learn(60, log_interval=None)
     assert sorted(str(w.message).split("'")[1] for w in warned if "CUDA graph" in str(w.message)) == ["act", "step"]
+    assert tape.recordings == 0
     assert_equal(plain, other)
 
 

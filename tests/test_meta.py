@@ -228,13 +228,7 @@ def test_a_step_of_collecting_waits_once() -> None:
     model.device = model.replay_buffer.device = th.device("meta")
     model._state = RecurrentState(*on_meta(model._state.parts))
     waits: list[int] = []
-    given = model.policy.obs_to_tensor
-
-    def observations(*args: Any) -> Any:  # SB3 makes tensors of them
-        with _disable_current_modes():
-            return given(*args)
-
-    with copies(waits), OneDevice(), mock.patch.object(model.policy, "obs_to_tensor", observations):
+    with copies(waits), OneDevice():
         model.learn(5, reset_num_timesteps=False, log_interval=None)
     assert len(waits) == 5
 
