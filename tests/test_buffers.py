@@ -718,7 +718,7 @@ def test_every_class_can_be_stored(classes: int, dtype: type) -> None:
         buffer.stage(np.array([False]), np.ones((1, 1)), np.array(stoch))
         buffer.add(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
     assert buffer.stoch.dtype == dtype
-    first, second = buffer._latents(np.array([0]), np.array([0])), buffer._latents(np.array([0]), np.array([1]))
+    first, second = (buffer._latents(buffer.rows.locate(np.array([0]), np.array([number]))) for number in (0, 1))
     assert (first[0].tolist(), first[1].tolist()) == ([[1]], [[0, classes - 1]])
     assert (second[0].tolist(), second[1].tolist()) == ([[0]], [[-1, -1]])
 
