@@ -1,7 +1,8 @@
 """Replay buffer for sequence models: one ring of rows per environment, sampled as windows of consecutive rows.
 
-A "row" alone is one stored observation with what belongs to it. ``replay/rows.py`` keeps the rows on the host and
-``replay/device_rows.py`` on the device, ``replay/writing.py`` makes rows of transitions, ``replay/windows.py`` chooses windows.
+A "row" alone is one stored observation with what belongs to it. ``replay/rows.py`` keeps the rows on the host,
+``replay/device_rows.py`` on the device, ``replay/writing.py`` makes rows of transitions and ``replay/windows.py`` chooses
+windows.
 
 Letters: B sequences, T steps, D deter, K categoricals of the stochastic state, C classes, E environments.
 """
