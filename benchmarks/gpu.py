@@ -9,7 +9,8 @@ In this order, each part in a process of its own, so that one that breaks leaves
     parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
               and captured as a CUDA graph
     update    milliseconds, kernels and peak memory of an update, for each size, penalty and way to run it
-    loop      steps and updates per second of the whole loop with 1 and 16 environments
+    loop      steps and updates per second of the whole loop with 1 and 16 environments, and the replay buffer on the host
+              or the device
     walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
 
 Results are printed and saved in ``results.json`` after each part; ``walk.csv`` grows by a row for every episode. No network
@@ -71,8 +72,8 @@ def plan(sizes: list[str]) -> Iterator[Part]:
     for size, mode, penalty in itertools.product(sizes, MODES, PENALTIES):
         limit = 45.0 if mode == "uncompiled" else 120.0
         yield Part("update", {"size": size, "mode": mode, "penalty": penalty}, limit, reserve=150.0)
-    for environments in (1, 16):
-        yield Part("loop", {"size": sizes[0], "environments": environments}, 60.0, reserve=60.0)
+    for environments, storage in itertools.product((1, 16), ("host", "device")):
+        yield Part("loop", {"size": sizes[0], "environments": environments, "storage": storage}, 60.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
 
 
@@ -189,16 +190,23 @@ def update(device: str, folder: Path, seconds: float, size: str, mode: str, pena
     return found
 
 
-def loop(device: str, folder: Path, seconds: float, size: str, environments: int) -> dict[str, Any]:
+def loop(device: str, folder: Path, seconds: float, size: str, environments: int, storage: str) -> dict[str, Any]:
     """Steps and updates per second of the whole loop on walker-sized environments without a simulator, once it updates."""
     from stable_baselines3.common.env_util import make_vec_env
 
     from benchmarks.walker import WalkerSized
     from sb3_dreamer_gpld import DreamerGPLD
 
-    env = make_vec_env(WalkerSized, n_envs=environments)
+    env, rows = make_vec_env(WalkerSized, n_envs=environments), {"storage": storage}
     model = DreamerGPLD(
-        "MultiInputPolicy", env, seed=0, model_size=size, device=device, learning_starts=1100, buffer_size=10_000
+        "MultiInputPolicy",
+        env,
+        seed=0,
+        model_size=size,
+        device=device,
+        learning_starts=1100,
+        buffer_size=10_000,
+        replay_buffer_kwargs=rows,
     )
     model.learn(1200, log_interval=None)  # with the first updates, which may compile
     steps, updates, start = model.num_timesteps, model._n_updates, time.perf_counter()
