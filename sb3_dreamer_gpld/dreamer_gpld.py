@@ -122,7 +122,8 @@ class DreamerGPLD(ResumableAlgorithm):
     :param policy_penalty: weight of the squared gradient of log π(a | s) in the policy's input s, at the states that rollouts
         start from (Lipschitz-constrained policies, Chen et al. 2024, who take 0.002); 0: none
     :param precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it faster
-    :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it
+    :param compile: True, False, or "auto": compile the update if the run is long enough to pay for it. On a GPU the compiled
+        update and a step of acting are recorded as CUDA graphs, too
     :raises ValueError, TypeError: an argument is not allowed; the text names it and what is
     """
 

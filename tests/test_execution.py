@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch as th
+from functorch.compile import make_boxed_func
 from test_parity import RECORDINGS, Recording, assert_tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import metrics
+from torch._inductor.compile_fx import _recursive_post_grad_passes
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import ExternKernel
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from sb3_dreamer_gpld import DreamerGPLD, execution
@@ -172,6 +182,41 @@ def test_bfloat16_losses_and_gradients(name: str) -> None:
     th.testing.assert_close(low_means, means, rtol=1e-2, atol=0.0)
     assert th.cosine_similarity(exact, low, dim=0) > 0.999
     th.testing.assert_close(low.norm(), exact.norm(), rtol=1e-2, atol=0.0)
+
+
+# Kernels that the compiler makes of an update of the tests' sizes, and calls of others (matrix products, sorting). Fewer are
+# welcome, and then the numbers here go down; more mean that something was added to every update, or no longer fuses. 1,028 and
+# 287 of PyTorch 2.13 with AVX512.
+KERNELS_CEILING, CALLS_CEILING = 1_050, 295
+
+
+def test_kernels_of_a_compiled_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where they are planned; building them would take minutes."""
+    counts: list[tuple[int, int]] = []
+
+    def counted(graph: th.fx.GraphModule, inputs: Any) -> Any:
+        given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        before = metrics.generated_kernel_count
+        with V.set_fake_mode(next(value.fake_mode for value in given if isinstance(value, FakeTensor))):
+            _recursive_post_grad_passes(graph, is_inference=False)
+            lowered = GraphLowering(graph, example_inputs=given)
+            with V.set_graph_handler(lowered), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext()):
+                lowered.run(*given)
+                lowered.codegen()
+        calls = sum(isinstance(operation, ExternKernel) for operation in lowered.operations)
+        counts.append((metrics.generated_kernel_count - before, calls))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, decompositions=select_decomp_table())
+    compile_ = th.compile
+    monkeypatch.setattr(th, "compile", lambda function, **kwargs: compile_(function, **{**kwargs, "backend": backend}))
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", **{**TINY, "precision": "float32", "train_ratio": 0.0}).learn(40)
+    model.learner.execution.compile()
+    model.train(1, 4)
+    assert not model.learner.execution.failed
+    kernels, calls = map(sum, zip(*counts, strict=True))
+    assert 0.9 * KERNELS_CEILING < kernels <= KERNELS_CEILING, counts
+    assert 0.9 * CALLS_CEILING < calls <= CALLS_CEILING, counts
 
 
 @pytest.mark.long

@@ -23,9 +23,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert printed == json.loads((tmp_path / "results.json").read_text())
     packages, *loops = printed
     assert packages["part"] == "packages" and "torch" in packages["versions"] and "torch" not in packages["missing"]
-    assert [each["part"] for each in loops] == [
-        f"loop debug {environments} {storage}" for environments in (1, 16) for storage in ("host", "device")
-    ]
+    assert [each["part"] for each in loops] == ["loop debug 1 host", "loop debug 1 device", "loop debug 16 host"]
     assert all(each["steps_per_s"] > 1 and each["updates_per_s"] > 0 for each in loops)
     assert not (tmp_path / "part.json").exists()
 
@@ -56,4 +54,5 @@ def test_the_order() -> None:
     parts = list(gpu.plan(["1m", "12m"]))
     names = list(dict.fromkeys(part.name for part in parts))
     assert names == ["packages", "tests", "parity", "update", "loop", "walk"] == list(gpu.PARTS)
-    assert sum(part.name == "update" for part in parts) == 2 * 2 * 3
+    updates = [part.options for part in parts if part.name == "update"]
+    assert len(updates) == 2 * 3 * 3 and [each["penalty"] for each in updates[:6]] == ["hutchinson"] * 6
