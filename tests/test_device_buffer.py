@@ -24,6 +24,7 @@ from sb3_dreamer_gpld.replay.normalizing import normalized_observations, normali
 
 DEVICE: dict[str, Any] = dict(replay_buffer_kwargs={"storage": "device"})
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+BOX_0 = spaces.Box(-np.inf, np.inf, (), np.float32)
 MIXED = spaces.Dict({"x": VECTOR, "image": spaces.Box(0, 255, (3, 16, 16), np.uint8), "b": spaces.Discrete(4)})
 
 
@@ -183,13 +184,14 @@ def ulps(a: Any, b: Any) -> int:
 @pytest.mark.parametrize("off", [None, "norm_obs", "norm_reward"])
 def test_vec_normalize_gives_the_same_numbers(off: str | None) -> None:
     """Of normal numbers, of some that are clipped, and of whole ones."""
-    space = spaces.Dict({"x": VECTOR, "n": spaces.Box(-9, 9, (2,), np.int16), "image": MIXED["image"]})
-    env = statistics(space, norm_obs_keys=["x", "n"], clip_obs=1.3, clip_reward=0.9)
+    space = spaces.Dict({"x": VECTOR, "h": BOX_0, "n": spaces.Box(-9, 9, (2,), np.int16), "image": MIXED["image"]})
+    env = statistics(space, norm_obs_keys=["x", "h", "n"], clip_obs=1.3, clip_reward=0.9)
     if off:
         setattr(env, off, False)
     random = np.random.default_rng(2)
     observations = {
         "x": random.normal(size=(50, 4, 3)).astype(np.float32),
+        "h": random.normal(size=(50, 4)).astype(np.float32),
         "n": random.integers(-9, 10, size=(50, 4, 2)).astype(np.int16),
         "image": random.integers(256, size=(50, 4, 3, 16, 16)).astype(np.uint8),
     }
@@ -201,7 +203,7 @@ def test_vec_normalize_gives_the_same_numbers(off: str | None) -> None:
     if off == "norm_obs":
         np.testing.assert_array_equal(got["n"], observations["n"])
     else:
-        for key in ("x", "n"):
+        for key in ("x", "h", "n"):
             assert ulps(got[key].numpy(), expected[key]) <= 1
             assert got[key].max() == np.float32(1.3) and got[key].min() == np.float32(-1.3)
     assert ulps(normalized_rewards(th.as_tensor(rewards), env).numpy(), env.normalize_reward(rewards)) <= 1

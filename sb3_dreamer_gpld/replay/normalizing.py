@@ -37,7 +37,7 @@ def normalized_observations(observations: dict[str, Tensor], env: VecNormalize |
 def _normalized(values: Tensor, env: VecNormalize, rms: RunningMeanStd) -> Tensor:
     """Normalise observations (B, T, *shape)."""
     mean, scale = to_device(np.stack([rms.mean, np.sqrt(rms.var + env.epsilon)]), values.device)  # (*shape), (*shape)
-    return ((values - mean) / scale).clamp(-env.clip_obs, env.clip_obs).float()
+    return ((values.double() - mean) / scale).clamp(-env.clip_obs, env.clip_obs).float()
 
 
 def normalized_rewards(rewards: Tensor, env: VecNormalize | None) -> Tensor:
