@@ -78,13 +78,12 @@ class SequenceReplayBuffer(ReplayBuffer):
     (rows, E, ...). They are allocated on first use and grow with what is stored, up to the capacity, so that a model which is
     loaded only to be evaluated does not take the memory.
 
-    **With** ``storage="device"`` the rows lie on the device of the nets. Batches are read there, and no step of an update
-    copies any to it or waits for the host. All memory is allocated when the first transition is added, or the first batch
-    drawn of a buffer that was loaded. A row takes 13 + 4 D + K bytes (K bytes more for each byte that a class index is
-    wider: one byte up to 254 classes), and those of its observation and its action: 8357 for dm_control's walker at size
-    12m (D = 2048, K = 32), which is 8.4 GB for a million rows, and 2213 at size 1m, 2.2 GB. The arrays named above are then
-    copies on the host of what is filled, made each time they are asked for; writing into them changes nothing. Pickles are the
-    same for both storages.
+    With ``storage="device"`` the rows lie on the device of the nets: batches are read there, and no update copies one to it or
+    waits for latents. All memory is allocated when the first transition is added, or when a loaded buffer is first used. A row
+    takes 13 + 4 D + K bytes (4 K in place of K from 255 classes on) and those of its observation and action: for dm_control's
+    walker 2213 at size 1m, which is 2.2 GB for a million rows, and 8357 at size 12m (D = 2048, K = 32), 8.4 GB. The arrays
+    named above are then copies on the host of what is filled, made each time that they are asked for; writing into them
+    changes nothing. Pickles hold arrays of the host with either storage.
 
     :param buffer_size: most rows, over all environments
     :param observation_space: of the environments
@@ -319,7 +318,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param done: the episodes ended, (E,)
         :param infos: of the environments, of which ``TimeLimit.truncated`` is used
         :raises ValueError: a shape is wrong; nothing is written then
-        :raises MemoryError: there is no room for more rows; nothing is written then
+        :raises MemoryError: there is no room for more rows, with ``storage="device"`` for all of them; nothing is written then
         """
         if len(infos) != self.n_envs:
             raise ValueError(f"infos: expected one per environment ({self.n_envs}), received {len(infos)}")
@@ -366,7 +365,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param batch_size: number of windows, B
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty
+        :raises ValueError: the buffer is empty; or, with ``storage="device"``, a subclass of VecNormalize computes something else
         """
         return self._get_samples(self.windows.newest_first(batch_size, self.rng), env)
 
@@ -377,7 +376,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param rng: draws them
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty
+        :raises ValueError: the buffer is empty; or, with ``storage="device"``, a subclass of VecNormalize computes something else
         """
         return self._get_samples(self.windows.uniform(batch_size, rng), env)
 
