@@ -365,7 +365,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param batch_size: number of windows, B
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty; or, with ``storage="device"``, a subclass of VecNormalize computes something else
+        :raises ValueError: the buffer is empty; or ``env`` is a subclass of VecNormalize that computes something else, with
+            ``storage="device"``
         """
         return self._get_samples(self.windows.newest_first(batch_size, self.rng), env)
 
@@ -376,7 +377,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param rng: draws them
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty; or, with ``storage="device"``, a subclass of VecNormalize computes something else
+        :raises ValueError: the buffer is empty; or ``env`` is a subclass of VecNormalize that computes something else, with
+            ``storage="device"``
         """
         return self._get_samples(self.windows.uniform(batch_size, rng), env)
 

@@ -185,7 +185,7 @@ def ulps(a: Any, b: Any) -> int:
 def test_vec_normalize_gives_the_same_numbers(off: str | None) -> None:
     """Of normal numbers, of some that are clipped, and of whole ones."""
     space = spaces.Dict({"x": VECTOR, "h": BOX_0, "n": spaces.Box(-9, 9, (2,), np.int16), "image": MIXED["image"]})
-    env = statistics(space, norm_obs_keys=["x", "h", "n"], clip_obs=1.3, clip_reward=0.9)
+    env = statistics(space, norm_obs_keys=["x", "h", "n"], clip_obs=1.3, clip_reward=0.9, epsilon=0.01)
     if off:
         setattr(env, off, False)
     random = np.random.default_rng(2)
@@ -223,7 +223,8 @@ def test_statistics_are_those_of_the_moment() -> None:
 @pytest.mark.parametrize("method", ["normalize_obs", "_normalize_obs", "normalize_reward"])
 def test_a_vec_normalize_that_computes_something_else_is_an_error(method: str) -> None:
     own = type("Own", (VecNormalize,), {method: lambda self, values, *rest: values})
-    env = own(DummyVecEnv([lambda: RandomSpaces(VECTOR, BOX)]))
+    rewards = "reward" in method
+    env = own(DummyVecEnv([lambda: RandomSpaces(VECTOR, BOX)]), norm_obs=not rewards, norm_reward=rewards)
     with pytest.raises(ValueError, match=rf"Own has a {method} of its own.*storage='host'"):
         filled("device").sample(4, env)
     filled("host").sample(4, env)
