@@ -621,6 +621,7 @@ def vec_obs(space: spaces.Space, n_envs: int) -> Any:
         (spaces.MultiDiscrete([3, 4]), (2,), np.int64),
         (spaces.MultiBinary(5), (5,), np.int8),
         (spaces.MultiBinary([3, 2]), (3, 2), np.int8),
+        (spaces.Box(-1, 1, (0,), np.float32), (0,), np.float32),
     ],
 )
 @pytest.mark.parametrize("in_dict", [False, True])
