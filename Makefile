@@ -12,7 +12,7 @@ CHECK := $(BIN)/check-jsonschema --quiet --default-filetype yaml --builtin-schem
 # Meta-World needs an older MuJoCo than dm_control does, so it has an environment of its own.
 METAWORLD := .venv-metaworld
 
-.PHONY: install demo test test-long test-metaworld lint format benchmark docs clean
+.PHONY: install demo test test-long test-metaworld lint format evidence benchmark docs clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ format: install
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "the site is in build/docs/index.html"
+
+# Tables and figure of docs/evidence.md, from the results that are there.
+evidence: install
+	$(BIN)/python -m benchmarks.evidence page
 
 benchmark: install
 	$(BIN)/python -m benchmarks.update_time --size 1m

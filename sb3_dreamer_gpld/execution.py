@@ -79,6 +79,10 @@ class Execution(Runner):
         for module in self.nets:
             module.runner = self
 
+    def __reduce__(self) -> tuple[type[Runner], tuple[int, int, int]]:
+        """A copy of the nets runs their steps as they are: what was compiled and recorded is of these nets alone."""
+        return Runner, (self.chunk_rows, self.steps_together, self.imagined_together)
+
     def compile(self, leave_out: Collection[str] = ()) -> None:
         """Compile every step at its first call from now on; on a GPU, record whole functions as CUDA graphs as well.
 

@@ -6,6 +6,8 @@ The tape (``tape.py``) stands for a CUDA graph on the processor.
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from test_meta import CASES, VECTOR
 
 from sb3_dreamer_gpld import DreamerGPLD, execution
 from sb3_dreamer_gpld.learner import Learner
+from sb3_dreamer_gpld.nets.steps import Runner
 from sb3_dreamer_gpld.nets.world_model import PenaltyWeights
 from sb3_dreamer_gpld.optim import LaProp
 
@@ -224,6 +227,23 @@ def test_the_tape_sees_what_a_graph_would() -> None:
     assert th.equal(y, th.full((3,), 6.0))
     with pytest.raises(RuntimeError, match="reads a value"):
         Tape().record(lambda inputs: inputs.sum().item(), x)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_the_policy_runs_as_it_is(copied: Callable) -> None:
+    """Graphs and compiled functions cannot be copied, and are of the original's parameters."""
+    model = model_of("vectors", learning_rate=1e-3)
+    model.learner.execution.recorder = lock = Tape()
+    lock.graph = threading.Lock()  # type: ignore[attr-defined]  # as little to be copied as a CUDA graph
+    model.learner.execution.compile()
+    policy = copied(model.policy)
+    observation = np.zeros(3, dtype=np.float32)
+    assert type(policy.world_model.runner) is Runner
+    assert np.array_equal(
+        policy.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+    )
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU")

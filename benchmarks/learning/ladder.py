@@ -52,6 +52,7 @@ TASKS = (
     "reacher-hard",
     "finger-spin",
 )
+MORE_TASKS = (*TASKS, "quadruped-walk")  # that a run can have
 SEARCH_TASKS = ("walker-walk", "cheetah-run", "cartpole-swingup")  # settings are chosen on these only
 EPISODE_FRAMES = 1000  # of every task of dm_control here
 EVALUATION_EPISODES = 10
@@ -355,7 +356,7 @@ def main() -> int:
         help="of the last training episodes, or of the evaluation there with most probable or sampled actions",
     )
     one.add_argument("arm", type=one_of("arm", list(arms)))
-    one.add_argument("task", type=one_of("task", TASKS))
+    one.add_argument("task", type=one_of("task", MORE_TASKS))
     one.add_argument("seed", type=int)
     one.add_argument("frames", type=int)
     for command in (many, one):
