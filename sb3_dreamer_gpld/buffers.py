@@ -208,7 +208,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         except ValueError:
             self._storage = before
             raise
-        rows.restore(present.added, *present.filled())
+        rows.restore(present.added.copy(), *present.filled())
         self.rows = self.windows.rows = self.writer.rows = rows
 
     @property
