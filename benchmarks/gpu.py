@@ -9,7 +9,8 @@ In this order, each part in a process of its own, so that one that breaks leaves
     parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
               and captured as a CUDA graph
     update    milliseconds, kernels and memory of an update, for each size, penalty and way to run it, as far as the time goes
-    loop      steps and updates per second of the whole loop with 1 and 16 environments
+    loop      steps and updates per second of the whole loop with 1 and 16 environments, and with 1 and the replay buffer on
+              the device
     walk      walker-walk in the GPLD paper's setting with the time that is left; goes on where an earlier call stopped
 
 Results are printed and saved in ``results.json`` after each part; ``walk.csv`` grows by a row for every episode. No network
@@ -76,8 +77,8 @@ def plan(sizes: list[str]) -> Iterator[Part]:
     for penalty, size, modes in itertools.product(PENALTIES, sizes, MODES):
         limit = 45.0 if len(modes) == 1 else 150.0
         yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=150.0)
-    for environments in (1, 16):
-        yield Part("loop", {"size": sizes[0], "environments": environments}, 120.0, reserve=60.0)
+    for environments, storage in ((1, "host"), (1, "device"), (16, "host")):
+        yield Part("loop", {"size": sizes[0], "environments": environments, "storage": storage}, 120.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
 
 
@@ -211,14 +212,14 @@ def timed(model: Any) -> dict[str, Any]:
     return found
 
 
-def loop(device: str, folder: Path, seconds: float, size: str, environments: int) -> dict[str, Any]:
+def loop(device: str, folder: Path, seconds: float, size: str, environments: int, storage: str) -> dict[str, Any]:
     """Steps and updates per second of the whole loop on walker-sized environments without a simulator, once it updates."""
     from stable_baselines3.common.env_util import make_vec_env
 
     from benchmarks.walker import WalkerSized
     from sb3_dreamer_gpld import DreamerGPLD
 
-    env = make_vec_env(WalkerSized, n_envs=environments)
+    env, rows = make_vec_env(WalkerSized, n_envs=environments), {"storage": storage}
     model = DreamerGPLD(
         "MultiInputPolicy",
         env,
@@ -227,6 +228,7 @@ def loop(device: str, folder: Path, seconds: float, size: str, environments: int
         device=device,
         learning_starts=1100,
         buffer_size=10_000,
+        replay_buffer_kwargs=rows,
         compile=device != "cpu",  # there it would take longer than the part may
     )
     model.learn(1200, log_interval=None)  # with the first updates, which may compile

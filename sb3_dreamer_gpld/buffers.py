@@ -1,7 +1,8 @@
 """Replay buffer for sequence models: one ring of rows per environment, sampled as windows of consecutive rows.
 
-A "row" alone is one stored observation with what belongs to it. ``replay/rows.py`` keeps the rows, ``replay/writing.py`` makes
-rows of transitions, ``replay/windows.py`` chooses windows.
+A "row" alone is one stored observation with what belongs to it. ``replay/rows.py`` keeps the rows on the host,
+``replay/device_rows.py`` on the device, ``replay/writing.py`` makes rows of transitions and ``replay/windows.py`` chooses
+windows.
 
 Letters: B sequences, T steps, D deter, K categoricals of the stochastic state, C classes, E environments.
 """
@@ -14,18 +15,23 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_dreamer_gpld.config import check_int
 from sb3_dreamer_gpld.observations import by_key, like_space, spaces_by_key
-from sb3_dreamer_gpld.replay.rows import Column, RowFormat, Rows
+from sb3_dreamer_gpld.replay.device_rows import DeviceRows
+from sb3_dreamer_gpld.replay.normalizing import normalized_observations, normalized_rewards
+from sb3_dreamer_gpld.replay.rows import Column, Entries, RowFormat, Rows
 from sb3_dreamer_gpld.replay.windows import Windows, WindowSampler
-from sb3_dreamer_gpld.replay.writing import EpisodeWriter, Latents, shaped, to_numpy
+from sb3_dreamer_gpld.replay.writing import EpisodeWriter, Latents, check_shape
 from sb3_dreamer_gpld.transfer import to_device
 
 # Buffers that were saved when this was one class: names in them, and the arrays that they have as attributes
 _ObsSpec, _Latents = Column, Latents
 _COLUMNS = ("actions", "rewards", "dones", "timeouts", "is_first", "deter", "stoch")
+
+STORAGES = ("host", "device")
 
 
 class SequenceSamples(NamedTuple):
@@ -72,10 +78,17 @@ class SequenceReplayBuffer(ReplayBuffer):
     (rows, E, ...). They are allocated on first use and grow with what is stored, up to the capacity, so that a model which is
     loaded only to be evaluated does not take the memory.
 
+    With ``storage="device"`` the rows lie on the device of the nets: batches are read there, and no update copies one to it or
+    waits for latents. All memory is allocated when the first transition is added, or when a loaded buffer is first used. A row
+    takes 13 + 4 D + K bytes (4 K in place of K from 255 classes on) and those of its observation and action: for dm_control's
+    walker 2213 at size 1m, which is 2.2 GB for a million rows, and 8357 at size 12m (D = 2048, K = 32), 8.4 GB. The arrays
+    named above are then copies on the host of what is filled, made each time that they are asked for; writing into them
+    changes nothing. Pickles hold arrays of the host with either storage.
+
     :param buffer_size: most rows, over all environments
     :param observation_space: of the environments
     :param action_space: of the environments
-    :param device: of the samples
+    :param device: of the samples, and with ``storage="device"`` of the rows
     :param n_envs: number of parallel environments, E
     :param optimize_memory_usage: must be False: there is no second copy of the observations to save
     :param handle_timeout_termination: treat episodes that end by a time limit as not terminal
@@ -85,7 +98,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param classes: of each categorical, C
     :param seed: of the sampling; None: drawn from NumPy's global generator, which SB3 seeds, so that the seed of the model is
         enough to repeat a run
-    :raises ValueError: ``optimize_memory_usage`` is True, or ``batch_length`` is no whole number of at least 1
+    :param storage: where the rows lie, "host" or "device"
+    :raises ValueError: ``optimize_memory_usage`` is True, ``batch_length`` is no whole number of at least 1, ``storage`` is
+        another word, or "device" with observations or actions of a type that PyTorch cannot index
     """
 
     process = (0, 1)  # number of the process that fills it, and of how many
@@ -104,6 +119,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         stoch: int = 1,
         classes: int = 2,
         seed: int | None = None,
+        storage: str = "host",
     ) -> None:
         # Not ReplayBuffer's constructor: it would allocate observations and next observations at once
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -113,6 +129,7 @@ class SequenceReplayBuffer(ReplayBuffer):
                 "which stores each observation once already; allowed: False"
             )
         check_int("batch_length", batch_length, 1)
+        self._storage = _checked_storage(storage)
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
@@ -127,9 +144,14 @@ class SequenceReplayBuffer(ReplayBuffer):
     def _make_parts(self) -> None:
         """Make the parts, empty, from the attributes of the constructor."""
         row = RowFormat(self._obs_columns(), self._action_column(), self.deter_size, self.stoch_size, self.stoch_dtype)
-        self.rows = Rows(self.buffer_size, self.n_envs, row)
+        self.rows = self._make_rows(row)
         self.windows = WindowSampler(self.rows, self.batch_length)
         self.writer = EpisodeWriter(self.rows, self.windows)
+
+    def _make_rows(self, row: RowFormat) -> Rows:
+        if self._storage == "device":
+            return DeviceRows(self.buffer_size, self.n_envs, row, self.device)
+        return Rows(self.buffer_size, self.n_envs, row)
 
     def _obs_columns(self) -> dict[str, Column]:
         shapes, columns = by_key(self.obs_shape), {}
@@ -156,6 +178,40 @@ class SequenceReplayBuffer(ReplayBuffer):
     # ------------------------------------------------------------------ memory
 
     @property
+    def device(self) -> th.device:
+        """:return: of the samples; with ``storage="device"`` the rows follow it"""
+        return self._device
+
+    @device.setter
+    def device(self, device: th.device | str) -> None:
+        self._device = th.device(device)
+        rows = self.__dict__.get("rows")  # the constructor of SB3 sets it first
+        if isinstance(rows, DeviceRows):
+            rows.device = self._device
+
+    @property
+    def storage(self) -> str:
+        """:return: where the rows lie, "host" or "device"; if it is changed, they move
+
+        :raises ValueError: it is set to another word, or to "device" with a type that PyTorch cannot index
+        """
+        return self._storage
+
+    @storage.setter
+    def storage(self, storage: str) -> None:
+        if _checked_storage(storage) == self._storage:
+            return
+        before, present = self._storage, self.rows
+        try:
+            self._storage = storage
+            rows = self._make_rows(present.format)
+        except ValueError:
+            self._storage = before
+            raise
+        rows.restore(present.added.copy(), *present.filled())
+        self.rows = self.windows.rows = self.writer.rows = rows
+
+    @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:  # type: ignore[override]
         """:return: (rows, E, *obs_shape), by key if the space is a Dict"""
         return like_space(self.rows.observations, self.observation_space)
@@ -163,37 +219,37 @@ class SequenceReplayBuffer(ReplayBuffer):
     @property
     def actions(self) -> np.ndarray:  # type: ignore[override]
         """:return: taken after the observations, (rows, E, action_dim)"""
-        return self.rows.arrays["actions"]
+        return self.rows.array("actions")
 
     @property
     def rewards(self) -> np.ndarray:  # type: ignore[override]
         """:return: received on arriving at the observations, (rows, E)"""
-        return self.rows.arrays["rewards"]
+        return self.rows.array("rewards")
 
     @property
     def dones(self) -> np.ndarray:  # type: ignore[override]
         """:return: 1 on the last row of an episode, (rows, E)"""
-        return self.rows.arrays["dones"]
+        return self.rows.array("dones")
 
     @property
     def timeouts(self) -> np.ndarray:  # type: ignore[override]
         """:return: 1 if the last row is not terminal, (rows, E)"""
-        return self.rows.arrays["timeouts"]
+        return self.rows.array("timeouts")
 
     @property
     def is_first(self) -> np.ndarray:
         """:return: the row starts an episode, bool (rows, E)"""
-        return self.rows.arrays["is_first"]
+        return self.rows.array("is_first")
 
     @property
     def deter(self) -> np.ndarray:
         """:return: deterministic state after the observations, (rows, E, D)"""
-        return self.rows.arrays["deter"]
+        return self.rows.array("deter")
 
     @property
     def stoch(self) -> np.ndarray:
         """:return: class indices of the stochastic state, (rows, E, K); ``no_latent`` where there is none"""
-        return self.rows.arrays["stoch"]
+        return self.rows.array("stoch")
 
     @property
     def no_latent(self) -> int:
@@ -211,10 +267,14 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """:param state: of a buffer that was pickled or copied, or of one that was saved when this was one class"""
-        if "rows" in state:
-            self.__dict__.update(state)
-            return
         saved = dict(state)
+        saved.setdefault("_storage", "host")  # buffers saved before there was another
+        device = get_device(saved.pop("device", None) or saved["_device"])  # the processor if the GPU is not there
+        saved["_device"] = device
+        if "rows" in saved:
+            self.__dict__.update(saved)
+            self.device = device
+            return
         names = ("rows_added", "observations", *_COLUMNS, "_queue", "_staged", "_pending", "_pending_rewards", "_pending_obs")
         old = {name: saved.pop(name) for name in names if name in saved}
         for name in ("no_latent", "_obs_specs", "_action_dtype", "_envs"):  # follow from what is left
@@ -258,7 +318,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param done: the episodes ended, (E,)
         :param infos: of the environments, of which ``TimeLimit.truncated`` is used
         :raises ValueError: a shape is wrong; nothing is written then
-        :raises MemoryError: there is no room for more rows; nothing is written then
+        :raises MemoryError: there is no room for more rows, with ``storage="device"`` for all of them; nothing is written then
         """
         if len(infos) != self.n_envs:
             raise ValueError(f"infos: expected one per environment ({self.n_envs}), received {len(infos)}")
@@ -271,13 +331,13 @@ class SequenceReplayBuffer(ReplayBuffer):
         self,
         envs: np.ndarray,
         starts: np.ndarray,
-        deter: np.ndarray | th.Tensor,
-        stoch: np.ndarray | th.Tensor,
+        deter: Entries,
+        stoch: Entries,
     ) -> None:
         """Replace the stored latents of trained rows by newer ones.
 
         Rows that have been overwritten since they were sampled are left alone; of two windows with the same row, the later one
-        in the batch counts.
+        in the batch counts. With ``storage="device"`` tensors of the device stay there, and nothing is waited for.
 
         :param envs: environments of the windows, (B,), as sampled
         :param starts: first trained rows of the windows, (B,), as sampled
@@ -285,13 +345,12 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param stoch: class indices of the stochastic states, (B, T, K)
         :raises ValueError: the shapes do not belong together
         """
-        deter, stoch = to_numpy(deter), to_numpy(stoch)
         steps = deter.shape[1] if deter.ndim > 1 else 0
-        shaped("deter", deter, (len(starts), steps, self.deter_size))
-        shaped("stoch", stoch, (len(starts), steps, self.stoch_size))
+        check_shape("deter", deter, (len(starts), steps, self.deter_size))
+        check_shape("stoch", stoch, (len(starts), steps, self.stoch_size))
         numbers = starts[:, None] + np.arange(steps)  # (B, T)
         envs = np.broadcast_to(envs[:, None], numbers.shape)
-        self.rows.replace(envs, numbers, deter=deter, stoch=stoch.astype(self.stoch_dtype))
+        self.rows.replace(envs, numbers, deter=deter, stoch=stoch)
 
     # ------------------------------------------------------------------ sampling
 
@@ -306,7 +365,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param batch_size: number of windows, B
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty
+        :raises ValueError: the buffer is empty; or ``env`` is a subclass of VecNormalize that computes something else, with
+            ``storage="device"``
         """
         return self._get_samples(self.windows.newest_first(batch_size, self.rng), env)
 
@@ -317,7 +377,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param rng: draws them
         :param env: normalises observations and rewards
         :return: the windows
-        :raises ValueError: the buffer is empty
+        :raises ValueError: the buffer is empty; or ``env`` is a subclass of VecNormalize that computes something else, with
+            ``storage="device"``
         """
         return self._get_samples(self.windows.uniform(batch_size, rng), env)
 
@@ -327,47 +388,58 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param windows: which
         :param env: normalises observations and rewards
         """
-        rows, envs = self.rows, windows.envs[:, None]  # (B, 1)
+        rows = self.rows
         numbers = windows.starts[:, None] + np.arange(-1, windows.steps)  # (B, 1 + T), the context row first
-        numbers = np.maximum(numbers, 0)  # row 0 stands in for the missing one before it
-        before, at = numbers[:, :-1], numbers[:, 1:]
-        prev_actions = rows.read("actions", envs, before)  # (B, T, action_dim)
-        is_first = rows.read("is_first", envs, at)
-        is_last = rows.read("dones", envs, at) > 0
-        deter, stoch = self._latents(windows.envs, numbers[:, 0])
+        # Row 0 stands in for the missing one before it
+        place = rows.locate(windows.envs[:, None], np.maximum(numbers, 0))  # (B, 1 + T)
+        before, at = place[:, :-1], place[:, 1:]
+        observations = self._normalized(rows.read_observations(at), env)
+        tensors = {key: self.to_torch(entries, copy=False) for key, entries in observations.items()}  # (B, T, ...)
+        prev_actions = self._read("actions", before)  # (B, T, action_dim)
+        rewards = self._normalized_rewards(rows.read("rewards", at), env)
+        is_first, is_last = self._read("is_first", at), self._read("dones", at) > 0  # (B, T), (B, T)
+        is_terminal = is_last & (self._read("timeouts", at) == 0)  # (B, T)
+        deter, stoch = self._latents(place[:, 0])
         if not windows.has_context:
-            prev_actions[:, 0], is_first[:, 0] = 0, True
-            deter[:], stoch[:] = 0, -1
-
+            prev_actions[:, 0].zero_()
+            is_first[:, 0].fill_(True)
+            deter.zero_()
+            stoch.fill_(-1)
         return SequenceSamples(
-            observations=self._obs_to_torch(rows.read_observations(envs, at), env),
-            prev_actions=self.to_torch(prev_actions, copy=False),
-            rewards=self.to_torch(self._normalize_reward(rows.read("rewards", envs, at), env), copy=False),
-            is_first=self.to_torch(is_first, copy=False),
-            is_last=self.to_torch(is_last, copy=False),
-            is_terminal=self.to_torch(is_last & (rows.read("timeouts", envs, at) == 0), copy=False),
-            deter=self.to_torch(deter, copy=False),
-            stoch=self.to_torch(stoch, copy=False),
+            observations=like_space(tensors, self.observation_space),
+            prev_actions=prev_actions,
+            rewards=self.to_torch(rewards, copy=False),
+            is_first=is_first,
+            is_last=is_last,
+            is_terminal=is_terminal,
+            deter=deter,
+            stoch=stoch,
             envs=windows.envs,
             starts=windows.starts,
         )
 
-    def _latents(self, envs: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, name: str, at: Entries) -> th.Tensor:
+        """Read some rows of an array, on the device and with memory of their own."""
+        return self.to_torch(self.rows.read(name, at), copy=False)
+
+    def _latents(self, at: Entries) -> tuple[th.Tensor, th.Tensor]:
         """Read the latents of one row per window: (B, D) and (B, K)."""
-        deter, stoch = self.rows.read("deter", envs, numbers), self.rows.read("stoch", envs, numbers).astype(np.int64)
-        missing = stoch == self.no_latent
-        stoch[missing] = -1
-        deter[missing.any(axis=1)] = 0
-        return deter, stoch
+        deter, stoch = self._read("deter", at), self.to_torch(self.rows.read_indices(at), copy=False)
+        missing = stoch == self.no_latent  # (B, K)
+        return deter.masked_fill(missing.any(1, keepdim=True), 0.0), stoch.masked_fill(missing, -1)
 
-    def _obs_to_torch(self, observations: dict[str, np.ndarray], env: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
-        """Normalise the observations, (B, T, ...), and return them in the form of the space."""
+    def _normalized(self, observations: dict[str, Any], env: VecNormalize | None) -> dict[str, Any]:
+        """Normalise observations by key, (B, T, ...), where they lie."""
+        if self._storage == "device":
+            return normalized_observations(observations, env)
         # VecNormalize wants a dict exactly if the space is one
-        normalized = by_key(self._normalize_obs(like_space(observations, self.observation_space), env))
-        tensors = {key: self.to_torch(array, copy=False) for key, array in normalized.items()}
-        return like_space(tensors, self.observation_space)
+        return by_key(self._normalize_obs(like_space(observations, self.observation_space), env))
 
-    def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
+    def _normalized_rewards(self, rewards: Any, env: VecNormalize | None) -> Entries:
+        """Normalise rewards (B, T) where they lie."""
+        return normalized_rewards(rewards, env) if self._storage == "device" else self._normalize_reward(rewards, env)
+
+    def to_torch(self, array: Entries, copy: bool = True) -> th.Tensor:
         """Convert an array to a tensor on the device. A GPU fetches it from pinned memory while the host goes on.
 
         :param array: any
@@ -376,4 +448,11 @@ class SequenceReplayBuffer(ReplayBuffer):
         """
         if self.device.type != "cpu":
             return to_device(array, self.device)
-        return super().to_torch(array, copy)
+        return super().to_torch(array, copy)  # type: ignore[arg-type]  # PyTorch takes both
+
+
+def _checked_storage(storage: str) -> str:
+    """:raises ValueError: it is no name of a storage"""
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be 'host' or 'device', not {storage!r}")
+    return storage

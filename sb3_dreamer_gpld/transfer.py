@@ -7,6 +7,7 @@ value is looked at. On a processor there is nothing to copy.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,40 @@ def to_device(array: np.ndarray | Tensor, device: th.device | str) -> Tensor:
     current.wait_stream(stream)
     moved.record_stream(current)
     return moved
+
+
+def together_to_device(arrays: Iterable[np.ndarray], device: th.device | str) -> list[Tensor]:
+    """Tensors of several small arrays on the device, which all go there in one copy.
+
+    :param arrays: any that PyTorch has types for; they may change afterwards
+    :param device: where the tensors are to be
+    :return: in the same order
+    """
+    arrays = list(arrays)
+    packed, begins, end = np.empty(sum(array.nbytes for array in arrays), np.uint8), {}, 0
+    # The widest types come first, so that each begins at a multiple of its width
+    for i, array in sorted(enumerate(arrays), key=lambda entry: -entry[1].itemsize):
+        begins[i], end = end, end + array.nbytes
+        packed[begins[i] : end].view(array.dtype).reshape(array.shape)[...] = array
+    moved = to_device(packed, device)
+    return [
+        moved[begins[i] : begins[i] + array.nbytes].view(dtype_of(array.dtype)).view(array.shape)
+        for i, array in enumerate(arrays)
+    ]
+
+
+@functools.cache
+def dtype_of(dtype: np.dtype) -> th.dtype:
+    """:return: PyTorch's name of a NumPy type
+
+    :raises TypeError: it has none
+    """
+    return th.from_numpy(np.empty(0, dtype)).dtype
+
+
+def fetched(tensor: Tensor) -> np.ndarray:
+    """A copy of a tensor of any size, which is waited for. Unlike :func:`to_host` it takes no pinned memory."""
+    return np.array(_copied_to_host(tensor.detach()).numpy())
 
 
 def _copied_to_host(tensor: Tensor) -> Tensor:

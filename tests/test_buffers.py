@@ -1,4 +1,7 @@
-"""Tests of SequenceReplayBuffer, mostly against a reference that keeps whole episodes in plain lists."""
+"""Tests of SequenceReplayBuffer, mostly against a reference that keeps whole episodes in plain lists.
+
+All are run with rows on the host and with rows on the device, which is the processor here.
+"""
 
 import copy
 import pickle
@@ -28,6 +31,17 @@ ACTIONS = spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
 FLAT = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 DICT = spaces.Dict({"scalar": spaces.Box(-np.inf, np.inf, (), np.float64), "table": spaces.Box(-np.inf, np.inf, (2, 2))})
 ARRAYS = ("observations", "actions", "rewards", "dones", "timeouts", "is_first", "deter", "stoch")
+
+STORAGE = {"storage": "host"}  # of the buffers that are made
+host_only = pytest.mark.parametrize("storage", ["host"], indirect=True)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["host", "device"])
+def storage(request: pytest.FixtureRequest) -> str:
+    """Where the rows of all buffers lie."""
+    STORAGE["storage"] = request.param
+    return request.param
+
 
 STEP, DONE, TIMEOUT, CUT = "step", "done", "timeout", "cut"  # CUT: a step, then the episode is abandoned without done
 
@@ -142,6 +156,7 @@ class Driver:
             stoch=K,
             classes=C,
             seed=seed,
+            **STORAGE,
         )
         self.reference = Reference(n_envs, max(buffer_size // n_envs, 1), batch_length)
         self.counter = 0
@@ -548,7 +563,7 @@ def test_vec_normalize(plain: bool) -> None:
         env = VecNormalize(gym_vec_of_a(), clip_obs=1.5)
     else:
         env = VecNormalize(DummyVecEnv([TwoKeys, TwoKeys]), norm_obs_keys=["a"], clip_obs=1.5)
-    buffer: Any = SequenceReplayBuffer(200, env.observation_space, ACTIONS, "cpu", n_envs=2, batch_length=5, seed=0)
+    buffer: Any = SequenceReplayBuffer(200, env.observation_space, ACTIONS, "cpu", n_envs=2, batch_length=5, seed=0, **STORAGE)
     env.reset()
     obs = copy.deepcopy(env.get_original_obs())
     for _ in range(30):
@@ -584,7 +599,7 @@ def gym_vec_of_a() -> DummyVecEnv:
 
 
 def one_env(space: spaces.Space, actions: spaces.Space = ACTIONS, **kwargs: Any) -> Any:
-    return SequenceReplayBuffer(20, space, actions, "cpu", **{"batch_length": 3, "seed": 0, **kwargs})
+    return SequenceReplayBuffer(20, space, actions, "cpu", **{"batch_length": 3, "seed": 0, **STORAGE, **kwargs})
 
 
 def vec_obs(space: spaces.Space, n_envs: int) -> Any:
@@ -606,18 +621,19 @@ def vec_obs(space: spaces.Space, n_envs: int) -> Any:
         (spaces.MultiDiscrete([3, 4]), (2,), np.int64),
         (spaces.MultiBinary(5), (5,), np.int8),
         (spaces.MultiBinary([3, 2]), (3, 2), np.int8),
+        (spaces.Box(-1, 1, (0,), np.float32), (0,), np.float32),
     ],
 )
 @pytest.mark.parametrize("in_dict", [False, True])
 @pytest.mark.parametrize("n_envs", [1, 2])
-def test_observation_spaces(space: spaces.Space, shape: tuple, dtype: type, in_dict: bool, n_envs: int) -> None:
+def test_observation_spaces(space: spaces.Space, shape: tuple, dtype: type, in_dict: bool, n_envs: int, storage: str) -> None:
     full_space = spaces.Dict({"x": space, "other": FLAT}) if in_dict else space
     buffer = one_env(full_space, n_envs=n_envs)
     sequence = [vec_obs(full_space, n_envs) for _ in range(5)]
     for obs, next_obs in zip(sequence, sequence[1:], strict=False):
         buffer.add(obs, next_obs, np.zeros((n_envs, 2)), np.zeros(n_envs), np.zeros(n_envs, bool), [{}] * n_envs)
     stored = buffer.observations["x"] if in_dict else buffer.observations
-    assert stored.shape == (20 // n_envs, n_envs, *shape) and stored.dtype == dtype
+    assert stored.shape == (20 // n_envs if storage == "host" else 4, n_envs, *shape) and stored.dtype == dtype
     got = buffer.sample(2).observations
     assert isinstance(got, dict) == in_dict
     got = got["x"] if in_dict else got
@@ -639,12 +655,12 @@ def test_observation_spaces(space: spaces.Space, shape: tuple, dtype: type, in_d
         (spaces.MultiBinary(3), (3,), 3, np.int8),
     ],
 )
-def test_action_spaces(space: spaces.Space, given_shape: tuple, dim: int, dtype: type) -> None:
+def test_action_spaces(space: spaces.Space, given_shape: tuple, dim: int, dtype: type, storage: str) -> None:
     buffer = one_env(FLAT, space, n_envs=2)
     size = (2, *given_shape)
     action = np.linspace(-0.9, 0.9, np.prod(size)).reshape(size) if dtype == np.float32 else np.ones(size, dtype)
     buffer.add(np.zeros((2, 2)), np.zeros((2, 2)), action, np.zeros(2), np.zeros(2, bool), [{}, {}])
-    assert buffer.actions.shape == (10, 2, dim) and buffer.actions.dtype == dtype
+    assert buffer.actions.shape == (10 if storage == "host" else 1, 2, dim) and buffer.actions.dtype == dtype
     np.testing.assert_array_equal(buffer.actions[0], action.reshape(2, dim).astype(dtype))
 
 
@@ -718,7 +734,7 @@ def test_every_class_can_be_stored(classes: int, dtype: type) -> None:
         buffer.stage(np.array([False]), np.ones((1, 1)), np.array(stoch))
         buffer.add(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
     assert buffer.stoch.dtype == dtype
-    first, second = buffer._latents(np.array([0]), np.array([0])), buffer._latents(np.array([0]), np.array([1]))
+    first, second = (buffer._latents(buffer.rows.locate(np.array([0]), np.array([number]))) for number in (0, 1))
     assert (first[0].tolist(), first[1].tolist()) == ([[1]], [[0, classes - 1]])
     assert (second[0].tolist(), second[1].tolist()) == ([[0]], [[-1, -1]])
 
@@ -756,7 +772,7 @@ def test_latents_that_come_after_reset_are_dropped() -> None:
 # ---------------------------------------------------------------- memory
 
 
-def test_arrays_are_allocated_on_first_use() -> None:
+def test_arrays_are_allocated_on_first_use(storage: str) -> None:
     buffer = Driver(2, 20, 3).buffer
     assert issubclass(SequenceReplayBuffer, ReplayBuffer)
     assert buffer.size() == 0 and not buffer.has_window()
@@ -766,7 +782,7 @@ def test_arrays_are_allocated_on_first_use() -> None:
     for name in ARRAYS:
         array = getattr(copy.deepcopy(buffer), name)
         for each in array.values() if isinstance(array, dict) else [array]:
-            assert each.shape[:2] == (10, 2) and not each.any()
+            assert each.shape[:2] == (10 if storage == "host" else 0, 2) and not each.any()
     driver = Driver(2, 20, 3)
     driver.add([STEP, STEP])
     assert driver.buffer.rows.allocated
@@ -774,6 +790,7 @@ def test_arrays_are_allocated_on_first_use() -> None:
         driver.buffer.nonsense  # noqa: B018
 
 
+@host_only
 def test_memory_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before the arrays are made, and with everything counted."""
     needed = 1000 * (4 + 16 + 4 * ACTION_DIM + 3 * 4 + 1 + 4 * D + K)
@@ -794,8 +811,8 @@ def test_memory_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tight.actions.shape == (500, 2, ACTION_DIM)
 
 
-def test_pickle_holds_only_what_is_filled(tmp_path: Any) -> None:
-    buffer: Any = SequenceReplayBuffer(1_000_000, FLAT, ACTIONS, "cpu", seed=0, deter=16)
+def test_pickle_holds_only_what_is_filled(tmp_path: Any, storage: str) -> None:
+    buffer: Any = SequenceReplayBuffer(1_000_000, FLAT, ACTIONS, "cpu", seed=0, deter=16, **STORAGE)
     for _ in range(100):
         buffer.add(np.ones((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
     path = tmp_path / "buffer.pkl"
@@ -806,9 +823,13 @@ def test_pickle_holds_only_what_is_filled(tmp_path: Any) -> None:
     np.testing.assert_array_equal(loaded.observations, buffer.observations[:100])
     np.testing.assert_array_equal(loaded.rewards, buffer.rewards[:100])
     # Only the copies may have been cut
-    assert len(buffer.observations) == replay.rows.FIRST_ROWS
+    if storage == "host":
+        assert len(buffer.observations) == replay.rows.FIRST_ROWS
+    else:
+        assert len(buffer.rows.read_observations(slice(None))[""]) == 1_000_000
 
 
+@host_only
 def test_arrays_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Far more rows than fit into the memory may be allowed; an error on the way loses nothing."""
     monkeypatch.setattr(replay.rows, "FIRST_ROWS", 4)

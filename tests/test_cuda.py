@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.vec_env import VecNormalize
 from test_parity import RECORDINGS, Recording
 
 from sb3_dreamer_gpld import DreamerGPLD
@@ -167,3 +170,41 @@ def test_a_loaded_model_is_captured_anew(tmp_path: Path) -> None:
 def test_training(precision: str) -> None:
     model = DreamerGPLD("MlpPolicy", "Pendulum-v1", device="cuda", precision=precision, **SIZES).learn(100)
     assert model._n_updates > 0 and next(model.policy.parameters()).is_cuda
+
+
+def test_rows_on_the_gpu() -> None:
+    """Batches of a training are those of the same rows on the host, with VecNormalize too, and are read without a wait."""
+    sizes = dict(buffer_size=80, replay_buffer_kwargs={"storage": "device"}, **SIZES)  # fewer rows than steps
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", device="cuda", **sizes).learn(100)
+    buffer, host = model.replay_buffer, copy.deepcopy(model.replay_buffer)
+    assert buffer is not None and host is not None and model._n_updates > 0
+    host.storage = "host"
+    env = VecNormalize(model.get_env())
+    env.obs_rms.mean, env.obs_rms.var = np.array([0.1, -0.2, 0.3]), np.array([0.3, 0.7, 2.1])
+    buffer.sample(4, env)
+    host.sample(4, env)
+    th.cuda.set_sync_debug_mode("error")
+    try:
+        samples = buffer.sample(4, env)
+        deter = th.arange(4 * 8 * 32, dtype=th.float32, device="cuda").view(4, 8, 32)
+        buffer.update_latents(samples.envs, samples.starts, deter, samples.stoch.unsqueeze(1).expand(4, 8, -1))
+    finally:
+        th.cuda.set_sync_debug_mode("default")
+    same = host.sample(4, env)
+    host.update_latents(samples.envs, samples.starts, deter, samples.stoch.unsqueeze(1).expand(4, 8, -1))
+    for ours, expected in zip(samples[:-2], same[:-2], strict=True):
+        assert ours.is_cuda and ours.dtype == expected.dtype
+        th.testing.assert_close(ours, expected, rtol=1e-6, atol=0.0)
+    np.testing.assert_array_equal(samples.starts, same.starts)
+    np.testing.assert_array_equal(buffer.deter, host.deter[: buffer.size()])
+    np.testing.assert_array_equal(buffer.stoch, host.stoch[: buffer.size()])
+
+
+def test_too_little_memory_of_the_gpu_is_named() -> None:
+    model = DreamerGPLD(
+        "MlpPolicy", "Pendulum-v1", device="cuda", buffer_size=10**10, replay_buffer_kwargs={"storage": "device"}
+    )
+    with pytest.raises(
+        MemoryError, match=r"10,000,000,000 rows needs .* bytes on 'cuda.*are free; allowed: a smaller buffer_size"
+    ):
+        model.learn(10)

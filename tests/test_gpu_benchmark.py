@@ -23,14 +23,14 @@ def test_the_command(tmp_path: Path) -> None:
     assert printed == json.loads((tmp_path / "results.json").read_text())
     packages, *loops = printed
     assert packages["part"] == "packages" and "torch" in packages["versions"] and "torch" not in packages["missing"]
-    assert [each["part"] for each in loops] == ["loop debug 1", "loop debug 16"]
+    assert [each["part"] for each in loops] == ["loop debug 1 host", "loop debug 1 device", "loop debug 16 host"]
     assert all(each["steps_per_s"] > 1 and each["updates_per_s"] > 0 for each in loops)
     assert not (tmp_path / "part.json").exists()
 
 
 def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [
-        gpu.Part("loop", {"size": "no such size", "environments": 1}, 60.0),
+        gpu.Part("loop", {"size": "no such size", "environments": 1, "storage": "host"}, 60.0),
         gpu.Part("update", {"size": "debug", "penalty": "off", "modes": ["uncompiled"]}, 0.5),
         gpu.Part("packages", {}, 60.0),
         gpu.Part("walk", {"size": "debug"}, 60.0, reserve=1e6),

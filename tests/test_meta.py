@@ -14,6 +14,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import BOX, RandomSpaces, tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -40,6 +41,12 @@ def in_bfloat16(function: Callable[..., Any], *args: Any) -> Any:
     return function(*low(args))
 
 
+def indices(args: tuple) -> list[th.Tensor]:
+    """The indices among the arguments of an operation like ``index`` or ``index_copy``, without the values."""
+    found = args[1] if isinstance(args[1], (list, tuple)) else args[2:3]
+    return [index for index in found if isinstance(index, th.Tensor)]
+
+
 class OneDevice(TorchDispatchMode):
     """Fails at the first operation that mixes devices, copies between them, or reads a value.
 
@@ -63,7 +70,7 @@ class OneDevice(TorchDispatchMode):
             raise AssertionError(f"{name} reads a value")
         if self.bfloat16 and name.startswith(PRODUCTS):
             args = low(args)
-        if name.startswith("aten.index") and any(tensor.dtype == th.bool for tensor in tensors[1:]):
+        if name.startswith("aten.index") and any(index.dtype == th.bool for index in indices(args)):
             raise AssertionError(f"{name} has a mask as an index")
         devices = {tensor.device.type for tensor in tensors}
         if len(devices) > 1:
@@ -95,10 +102,11 @@ def on_meta(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, th.Tensor) else leaf, value)
 
 
-def model_of(name: str) -> DreamerGPLD:
+def model_of(name: str, storage: str = "host") -> DreamerGPLD:
     """The model of a case, which was never updated."""
     observations, actions, options = CASES[name]
-    return tiny(RandomSpaces(observations, actions), train_ratio=0.0, precision="float32", **options)
+    options = {"train_ratio": 0.0, "precision": "float32", "replay_buffer_kwargs": {"storage": storage}, **options}
+    return tiny(RandomSpaces(observations, actions), **options)
 
 
 # Neither knows the meta device.
@@ -166,13 +174,16 @@ def test_an_update_in_bfloat16_stays_on_its_device(name: str) -> None:
 
 
 @contextlib.contextmanager
-def copies(waits: list[int]) -> Iterator[None]:
+def copies(waits: list[int], moved: list[int] | None = None) -> Iterator[None]:
     """Allow the copies of transfer.py, of which those to the host bring zeros, and count how often the host waits for some.
 
     :param waits: gets an entry for each wait
+    :param moved: gets the bytes of each copy from the host
     """
 
     def to_meta(tensor: th.Tensor, device: th.device) -> th.Tensor:
+        if moved is not None and not tensor.is_meta:
+            moved.append(tensor.nbytes)
         with _disable_current_modes():
             return tensor.to(device)
 
@@ -191,10 +202,12 @@ def copies(waits: list[int]) -> Iterator[None]:
             yield
 
 
+@pytest.mark.parametrize("storage", ["host", "device"])
 @pytest.mark.parametrize("name", ["vectors", "images", "discrete", "dynamics"])
-def test_training_waits_at_its_end(name: str) -> None:
+def test_training_waits_at_its_end(name: str, storage: str) -> None:
     """``train`` begins each update before it looks at anything of the one before: batches, updates, latents and faults."""
-    model = model_of(name)
+    model = model_of(name, storage)
+    assert model.replay_buffer is not None
     model.learn(24, log_interval=None)
     model.train(1, 2)
     model.learner.metrics.take()
@@ -202,6 +215,7 @@ def test_training_waits_at_its_end(name: str) -> None:
     model.policy.optimizer.state.clear()
     model.device = model.replay_buffer.device = th.device("meta")
     waits: list[int] = []
+    moved: list[int] = []
     begun: list[int] = []  # how often the host had waited when an update began
     step = model.learner.step
 
@@ -209,20 +223,32 @@ def test_training_waits_at_its_end(name: str) -> None:
         begun.append(len(waits))
         return step(inputs)
 
-    with copies(waits), mock.patch.multiple(th, **WITHOUT_AUTOCAST), mock.patch.object(model.learner, "step", noted):
-        model.train(1, 2)  # allocates the optimiser's state
-        waits.clear()
-        begun.clear()
+    with (
+        copies(waits, moved),
+        mock.patch.multiple(th, **WITHOUT_AUTOCAST),
+        mock.patch.object(model.learner, "step", noted),
+    ):
+        model.train(1, 2)  # allocates the optimiser's state, and loads the rows on the device
+        for each in (waits, moved, begun):
+            each.clear()
         with OneDevice():
             model.train(3, 2)
             model.learner.metrics.take()
-    assert begun == [0, 0, 1]  # the latents of an update are fetched when the next one has begun
-    assert len(waits) == 5  # those of three, the faults, and the metrics
+    if storage == "device":
+        assert begun == [0, 0, 0]
+        assert len(waits) == 2  # the faults, and the metrics
+        assert len(moved) == 3 * 3  # of each update: where its rows lie, where its latents go, and the learning rates
+    else:
+        assert begun == [0, 0, 1]  # the latents of an update are fetched when the next one has begun
+        assert len(waits) == 5  # those of three, the faults, and the metrics
+        assert len(moved) >= 3 * 9  # the arrays of a batch, and the learning rates
 
 
-def test_a_step_of_collecting_waits_once() -> None:
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_a_step_of_collecting_waits_once(storage: str) -> None:
     """For the action, and what is stored with it."""
-    model = model_of("vectors")
+    model = model_of("vectors", storage)
+    assert model.replay_buffer is not None
     model.learn(24, log_interval=None)
     moved_to_meta(model)
     model.device = model.replay_buffer.device = th.device("meta")
@@ -230,7 +256,26 @@ def test_a_step_of_collecting_waits_once() -> None:
     waits: list[int] = []
     with copies(waits), OneDevice():
         model.learn(5, reset_num_timesteps=False, log_interval=None)
-    assert len(waits) == 5
+    assert len(waits) == 5 and model.replay_buffer.rows_added[0] == 31  # two episodes have ended
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_normalizing_stays_on_its_device(storage: str) -> None:
+    """VecNormalize's statistics go to the device, and what they normalise is there."""
+    env = VecNormalize(DummyVecEnv([lambda: RandomSpaces(MIXED, BOX)]), norm_obs_keys=["vector"])
+    model = tiny(env, train_ratio=0.0, replay_buffer_kwargs={"storage": storage})
+    assert model.replay_buffer is not None
+    model.learn(24, log_interval=None)
+    model.replay_buffer.device = th.device("meta")
+    waits: list[int] = []
+    moved: list[int] = []
+    with copies(waits, moved):
+        model.replay_buffer.sample(2, env)
+        moved.clear()
+        with OneDevice():
+            samples = model.replay_buffer.sample(2, env)
+    assert all(leaf.is_meta for leaf in tree_leaves(samples) if isinstance(leaf, th.Tensor)) and not waits
+    assert (max(moved) < 1000) == (storage == "device")
 
 
 def test_measures_stay_on_their_device() -> None:

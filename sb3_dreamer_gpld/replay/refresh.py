@@ -31,7 +31,7 @@ class _Newer(NamedTuple):
 class LatentRefresh:
     """Writes the latents of updates into the buffer that their batches came from.
 
-    :param buffer: is written into
+    :param buffer: is written into; one whose rows lie on the device takes them at once, without a wait
     :param late: write those of an update after the next one has been begun, whose batch has seen the older ones then. A GPU
         goes on meanwhile, instead of waiting for the host
     """
@@ -46,6 +46,9 @@ class LatentRefresh:
         :param samples: its batch
         :param states: its posterior states, (B, T, ·), which may change afterwards
         """
+        if self.buffer.storage == "device":
+            self.buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
+            return
         newer = _Newer(samples.envs, samples.starts, to_host(states.deter, states.stoch.argmax(-2)))
         before, self._waiting = self._waiting, newer
         self._write(before)

@@ -13,12 +13,16 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 
 try:
     # Only needed to warn before the memory runs out
     import psutil  # type: ignore[import-untyped]
 except ImportError:
     psutil = None
+
+# What rows are read as: arrays from the host's memory, tensors from the device's
+Entries = np.ndarray | th.Tensor
 
 # Rows of each ring that are allocated at first; the arrays double when they are full
 FIRST_ROWS = 1024
@@ -73,7 +77,7 @@ class RowFormat(NamedTuple):
 
 
 class Rows:
-    """A ring of ``capacity`` rows per environment; row ``n`` lies at index ``n % capacity``.
+    """A ring of ``capacity`` rows per environment in the host's memory; row ``n`` lies at index ``n % capacity``.
 
     The arrays are allocated on first use and grow with what is stored, up to the capacity, so that a model which is loaded
     only to be evaluated does not take the memory. A pickle holds what is filled.
@@ -103,16 +107,20 @@ class Rows:
     @property
     def observations(self) -> dict[str, np.ndarray]:
         """:return: by key, (rows, E, *shape)"""
-        self._allocate()
-        assert self._observations is not None
-        return self._observations
+        return self._memory()[0]
 
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """:return: all but the observations, (rows, E, *shape)"""
+    def array(self, name: str) -> np.ndarray:
+        """:return: any but the observations, (rows, E, *shape)
+
+        :param name: as in :meth:`RowFormat.columns`
+        """
+        return self._memory()[1][name]
+
+    def _memory(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """:return: observations by key, and all other arrays by name, allocated on first use"""
         self._allocate()
-        assert self._arrays is not None
-        return self._arrays
+        assert self._observations is not None and self._arrays is not None
+        return self._observations, self._arrays
 
     def _allocate(self) -> None:
         """Allocate the first rows of all arrays, after a warning if the full capacity seems too large for this machine."""
@@ -120,7 +128,7 @@ class Rows:
             return
         columns = self.format.columns()
         every = [*columns.values(), *self.format.observations.values()]
-        _warn_if_too_large(self.capacity * self.n_envs * sum(math.prod(c.shape) * c.dtype.itemsize for c in every))
+        warn_if_too_large(self.capacity * self.n_envs * sum(math.prod(c.shape) * c.dtype.itemsize for c in every))
         rows = (min(FIRST_ROWS, self.capacity), self.n_envs)
         self._observations = {key: np.zeros((*rows, *c.shape), dtype=c.dtype) for key, c in self.format.observations.items()}
         self._arrays = {name: np.zeros((*rows, *c.shape), dtype=c.dtype) for name, c in columns.items()}
@@ -131,13 +139,14 @@ class Rows:
         :param more: rows to come in each ring; beyond the capacity they overwrite the oldest ones
         :raises MemoryError: the memory is full; the rows stored so far are kept
         """
-        allocated, rows = len(self.arrays["rewards"]), int(self.added.max()) + more
+        observations, arrays = self._memory()
+        allocated, rows = len(arrays["rewards"]), int(self.added.max()) + more
         if min(rows, self.capacity) <= allocated:
             return
         wanted = min(max(rows, 2 * allocated), self.capacity)
         try:
-            observations = {key: _lengthened(array, wanted) for key, array in self.observations.items()}
-            arrays = {name: _lengthened(array, wanted) for name, array in self.arrays.items()}
+            observations = {key: _lengthened(array, wanted) for key, array in observations.items()}
+            arrays = {name: _lengthened(array, wanted) for name, array in arrays.items()}
         except MemoryError as error:
             raise MemoryError(
                 f"The replay buffer holds {allocated * self.n_envs:,} of {self.capacity * self.n_envs:,} rows, and there "
@@ -145,19 +154,26 @@ class Rows:
             ) from error
         self._observations, self._arrays = observations, arrays
 
+    def filled(self) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
+        """:return: observations by key, and all other arrays by name, (rows, E, *shape), as far as filled; None: nothing is"""
+        rows = int(self.stored().max())
+        if self._observations is None or self._arrays is None or not rows:
+            return None, None
+        observations = {key: array[:rows] for key, array in self._observations.items()}
+        return observations, {name: array[:rows] for name, array in self._arrays.items()}
+
     def __getstate__(self) -> dict[str, Any]:
         """:return: what to pickle or copy; of the arrays, what has been filled"""
-        state, filled = self.__dict__.copy(), int(self.stored().max())
-        for name in ("_observations", "_arrays"):
-            by_name = state[name]
-            state[name] = {key: array[:filled] for key, array in by_name.items()} if by_name and filled else None
-        return state
+        observations, arrays = self.filled()
+        return {**self.__dict__, "_observations": observations, "_arrays": arrays}
 
-    def restore(self, added: np.ndarray, observations: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+    def restore(
+        self, added: np.ndarray, observations: dict[str, np.ndarray] | None, arrays: dict[str, np.ndarray] | None
+    ) -> None:
         """Take over rows that were saved; the arrays grow again when rows are added.
 
         :param added: rows ever added to each ring, (E,)
-        :param observations: by key, (rows, E, *shape), as far as filled
+        :param observations: by key, (rows, E, *shape), as far as filled; None: none
         :param arrays: likewise, all but the observations
         """
         self.added, self._observations, self._arrays = added, observations, arrays
@@ -184,14 +200,14 @@ class Rows:
         :param observations: of the rows, by key, (number of rows, *shape)
         :param values: entries for other arrays by name, likewise; an array that is not named keeps what it held
         """
-        at = (self.added[envs] % self.capacity, envs)
-        for key, array in self.observations.items():
+        at, (ours, arrays) = (self.added[envs] % self.capacity, envs), self._memory()
+        for key, array in ours.items():
             array[at] = observations[key]
         for name, value in values.items():
-            self.arrays[name][at] = value
+            arrays[name][at] = value
         self.added[envs] += 1
 
-    def replace(self, envs: np.ndarray, numbers: np.ndarray, **values: np.ndarray) -> None:
+    def replace(self, envs: np.ndarray, numbers: np.ndarray, **values: Entries) -> None:
         """Write new entries into rows; those that are not stored are left out. Of two for the same row, the later one counts.
 
         :param envs: environments of the rows, of the shape of ``numbers``
@@ -201,20 +217,45 @@ class Rows:
         held = self.holds(envs, numbers)
         at = (numbers[held] % self.capacity, envs[held])
         for name, value in values.items():
-            self.arrays[name][at] = value[held]
+            self.array(name)[at] = to_numpy(value)[held]
 
-    def read(self, name: str, envs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """:return: copy of some rows of an array, (*shape of both together, *shape of an entry)
+    def locate(self, envs: np.ndarray, numbers: np.ndarray) -> Entries:
+        """Where rows lie, to read them; parts of it say it of parts of the rows.
 
-        :param name: of the array
         :param envs: environments of the rows
         :param numbers: of the rows
+        :return: int64, of the shape of both together
         """
-        return self.arrays[name][numbers % self.capacity, envs]
+        return numbers % self.capacity * self.n_envs + envs
 
-    def read_observations(self, envs: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, name: str, at: Any) -> Entries:
+        """:return: copy of some rows of an array, (*shape of ``at``, *shape of an entry)
+
+        :param name: of the array
+        :param at: where they lie, as :meth:`locate` says it
+        """
+        return _flat(self.array(name))[at]
+
+    def read_indices(self, at: Any) -> Entries:
+        """:return: copy of "stoch" of some rows, int64; see :meth:`read`"""
+        return _flat(self.array("stoch"))[at].astype(np.int64)
+
+    def read_observations(self, at: Any) -> dict[str, Any]:
         """:return: copies of the observations of some rows, by key; see :meth:`read`"""
-        return {key: array[numbers % self.capacity, envs] for key, array in self.observations.items()}
+        return {key: _flat(array)[at] for key, array in self.observations.items()}
+
+
+def to_numpy(value: Entries) -> np.ndarray:
+    """:return: a tensor or an array as an array; NumPy has no bfloat16, so floating tensors become float32"""
+    if isinstance(value, th.Tensor):
+        value = value.detach().float() if value.is_floating_point() else value.detach()
+        return value.cpu().numpy()
+    return np.asarray(value)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """View (rows, E, *shape) as (rows · E, *shape)."""
+    return array.reshape(math.prod(array.shape[:2]), *array.shape[2:])
 
 
 def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
@@ -224,7 +265,7 @@ def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
     return longer
 
 
-def _warn_if_too_large(needed: int) -> None:
+def warn_if_too_large(needed: int) -> None:
     if psutil is None:
         return
     available = psutil.virtual_memory().available

@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 
 from sb3_dreamer_gpld.observations import ONLY_KEY
-from sb3_dreamer_gpld.replay.rows import Rows
+from sb3_dreamer_gpld.replay.rows import Entries, Rows, to_numpy
 from sb3_dreamer_gpld.replay.windows import WindowSampler
 
 
@@ -148,12 +148,10 @@ class EpisodeWriter:
         self.windows.queue_finished(envs)
 
 
-def to_numpy(value: np.ndarray | th.Tensor) -> np.ndarray:
-    """:return: a tensor or an array as an array; NumPy has no bfloat16, so floating tensors become float32"""
-    if isinstance(value, th.Tensor):
-        value = value.detach().float() if value.is_floating_point() else value.detach()
-        return value.cpu().numpy()
-    return np.asarray(value)
+def check_shape(name: str, value: Entries, expected: tuple[int, ...]) -> None:
+    """:raises ValueError: a value has another shape than expected"""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, received {tuple(value.shape)}")
 
 
 def shaped(name: str, value: Any, expected: tuple[int, ...], also: tuple[int, ...] | None = None) -> np.ndarray:
@@ -167,6 +165,6 @@ def shaped(name: str, value: Any, expected: tuple[int, ...], also: tuple[int, ..
     :raises ValueError: the value has neither shape
     """
     array = np.asarray(value)
-    if array.shape != expected and array.shape != also:
-        raise ValueError(f"{name}: expected shape {expected}, received {array.shape}")
+    if array.shape != also:
+        check_shape(name, array, expected)
     return array.reshape(expected)
