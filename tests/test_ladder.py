@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,6 +17,7 @@ from benchmarks.results import read_csv, write_csv  # noqa: E402
 from sb3_dreamer_gpld.zoo.check import check_entry  # noqa: E402
 
 RESULTS = ladder.RESULTS
+TINY_SETTINGS = {"model_size": "debug", "batch_size": 4, "batch_length": 8, "imagination_horizon": 3, "learning_starts": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,7 @@ def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "first": {"gamma": 0.9, "batch_size": 4, "policy_kwargs": {"units": 8, "free_nats": 0.5}},
         "second": {"base": "first", "gamma": 0.8, "action_repeat": 1, "policy_kwargs": {"units": 16}},
         "third": {"base": "second", "target_entropy_per_number": 0.5, "unavailable": "lost"},
+        "fourth": {"decay_frames": 10, "fade_frames": 20},
     }
     (tmp_path / "arms.yml").write_text(yaml.safe_dump(arms))
     monkeypatch.setattr(ladder, "HERE", tmp_path)
@@ -37,6 +40,21 @@ def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
     kwargs = {"units": 16, "free_nats": 0.5}
     assert found["second"] == Arm("second", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, None, None)
     assert found["third"] == Arm("third", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, 0.5, "lost")
+    assert found["fourth"] == Arm("fourth", {}, 2, None, None, 10, 20)
+
+
+def test_rates_and_noise_that_fall() -> None:
+    """Linearly to a tenth; noise that was there before is forgotten with the episode."""
+    settings = {**TINY_SETTINGS, "learning_rate": 1e-3, "actor_learning_rate": 1e-4, "exploration_noise": 0.4}
+    arm = Arm("falling", settings, 2, None, None, decay_frames=1000, fade_frames=2000)
+    model = ladder.make_model(arm, Job("falling", "cartpole-swingup", 0, 1000))
+    assert [schedule(1.0) for schedule in model._lr_schedules] == [1e-3, 1e-4]  # type: ignore[attr-defined]
+    ladder.set_rates_and_noise(model, arm, 500)
+    assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([5.5e-4, 5.5e-5])  # type: ignore[attr-defined]
+    ladder.set_rates_and_noise(model, arm, 5000)
+    assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([1e-4, 1e-5])  # type: ignore[attr-defined]
+    noise = np.stack([model._exploration() for _ in range(5000)])  # type: ignore[attr-defined]
+    assert noise.std() == pytest.approx(0.04, rel=0.15)
 
 
 @pytest.mark.parametrize("name", [name for name, arm in ladder.read_arms().items() if not arm.is_sac])

@@ -39,6 +39,7 @@ from benchmarks.learning.run import DIGITS, EPISODES_PER_SAVE, LastValues, rows_
 from benchmarks.results import read_columns, read_csv, write_csv
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import make_dmc
+from sb3_dreamer_gpld.exploration import correlated_noise
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "ladder"
@@ -76,16 +77,18 @@ class Arm(NamedTuple):
     :param settings: arguments of the algorithm
     :param action_repeat: simulator steps for each step of the agent
     :param target_entropy: nats for each action number; None: as in the settings
-    :param decay_frames: frames over which the learning rates fall linearly to a tenth, episode by episode; None: they stay
     :param unavailable: why it cannot be run any more; None: it can
+    :param decay_frames: frames over which the learning rates fall linearly to a tenth, episode by episode; None: they stay
+    :param fade_frames: the same of the noise that is added to collected actions
     """
 
     name: str
     settings: dict[str, Any]
     action_repeat: int
     target_entropy: float | None
-    decay_frames: int | None
     unavailable: str | None
+    decay_frames: int | None = None
+    fade_frames: int | None = None
 
     @property
     def is_sac(self) -> bool:
@@ -133,7 +136,8 @@ def read_arms() -> dict[str, Arm]:
     arms = {}
     for name in entries:
         values = settings(name)
-        own = {"action_repeat": 2, "target_entropy_per_number": None, "decay_frames": None, "unavailable": None}
+        own: dict[str, Any] = {"action_repeat": 2}
+        own |= dict.fromkeys(("target_entropy_per_number", "unavailable", "decay_frames", "fade_frames"))
         arms[name] = Arm(name, values, *(values.pop(key, default) for key, default in own.items()))
     return arms
 
@@ -194,7 +198,7 @@ def run(job: Job, folder: Path) -> None:
     log = LastValues()
     model.set_logger(Logger(None, [log]))
     while frames < job.frames:
-        set_learning_rates(model, arm, frames)
+        set_rates_and_noise(model, arm, frames)
         start = time.process_time()
         model.learn(EPISODE_FRAMES // arm.action_repeat, reset_num_timesteps=False, log_interval=1)
         seconds += time.process_time() - start
@@ -208,15 +212,22 @@ def run(job: Job, folder: Path) -> None:
     evaluate(model, arm, job, frames)
 
 
-def set_learning_rates(model: OffPolicyAlgorithm, arm: Arm, frames: int) -> None:
+def share_left(frames: int, fall: int | None) -> float:
+    """What is left after some frames of what falls linearly to a tenth over ``fall`` frames; None: all of it."""
+    return 1.0 if fall is None else 1.0 - 0.9 * min(1.0, frames / fall)
+
+
+def set_rates_and_noise(model: OffPolicyAlgorithm, arm: Arm, frames: int) -> None:
     """Those of an arm after some frames, where they fall."""
-    if arm.decay_frames is None:
-        return
-    share = 1.0 - 0.9 * min(1.0, frames / arm.decay_frames)
-    for name in ("learning_rate", "actor_learning_rate"):
-        if arm.settings.get(name) is not None:
-            setattr(model, name, arm.settings[name] * share)
-    model._setup_lr_schedule()
+    if arm.decay_frames is not None:
+        for name in ("learning_rate", "actor_learning_rate"):
+            if arm.settings.get(name) is not None:
+                setattr(model, name, arm.settings[name] * share_left(frames, arm.decay_frames))
+        model._setup_lr_schedule()
+    if arm.fade_frames is not None:
+        assert isinstance(model, DreamerGPLD)
+        std = arm.settings["exploration_noise"] * share_left(frames, arm.fade_frames)
+        model._exploration = correlated_noise(std, model.policy.action_spec.size, model.n_envs)
 
 
 def evaluate(model: OffPolicyAlgorithm, arm: Arm, job: Job, frames: int) -> None:
