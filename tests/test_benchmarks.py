@@ -15,7 +15,11 @@ DEBUG = ["--size", "debug", "--batch", "2", "--length", "8", "--horizon", "2", "
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--image", "16", "--reconstruction", "redundancy"], ["--actor-gradient", "dynamics", "--starts", "4", "--penalty", "0"]],
+    [
+        [],
+        ["--image", "16", "--reconstruction", "redundancy"],
+        ["--actor-gradient", "dynamics", "--starts", "4", "--penalty", "0"],
+    ],
 )
 def test_time_of_an_update(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
