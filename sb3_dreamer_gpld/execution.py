@@ -21,7 +21,6 @@ from sb3_dreamer_gpld.nets.steps import Runner, SteppedModule
 # milliseconds, so it pays after about so many updates.
 AUTO_COMPILE_UPDATES = 2000
 
-
 # Calls of a function before it is recorded: kernels are made and chosen, and memory is laid out, at the first ones.
 CALLS_BEFORE_RECORDING = 3
 
@@ -186,11 +185,9 @@ class CudaGraphs:
         current, graph = th.cuda.current_stream(self.stream.device), th.cuda.CUDAGraph()
         gc.collect()  # what is freed during a recording would break it
         th.clear_autocast_cache()
-        try:
-            with th.cuda.graph(graph, stream=self.stream):
-                outputs = function(inputs)
-        finally:
-            th.cuda.set_stream(current)  # which a recording that fails leaves behind
+        # The outer context goes back to the streams of before, which a recording that fails does not
+        with th.cuda.stream(current), th.cuda.graph(graph, stream=self.stream):
+            outputs = function(inputs)
         return outputs, graph.replay
 
 

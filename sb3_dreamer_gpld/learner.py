@@ -151,16 +151,19 @@ class Learner:
 
     def inputs(self, batch: Batch, draws: Draws | None, number: int, learning_rates: Sequence[float]) -> Inputs:
         """What an update depends on; arguments as in :meth:`update`. The optimiser is told its learning rates, too."""
-        warmup, penalty, groups = self.config.learning_rate_warmup, self.config.penalty, self.policy.optimizer.param_groups
+        warmup, groups = self.config.learning_rate_warmup, self.policy.optimizer.param_groups
         for group, rate in zip(groups, learning_rates, strict=True):
             group["lr"] = rate * (min(1.0, number / warmup) if warmup else 1.0)
-        rates = [group["lr"] for group in groups]
-        weights = [penalty_weight(penalty, start, number) for start in (penalty.posterior, penalty.prior)]
-        numbers = to_device(np.array([*rates, *weights], dtype=np.float32), self.policy.device)
-        used = [
-            number if start else None for number, start in zip(numbers[-2:], (penalty.posterior, penalty.prior), strict=True)
-        ]
+        rates, weights = [group["lr"] for group in groups], self._penalty_weights(number)
+        numbers = to_device(np.array([*rates, *(weight or 0.0 for weight in weights)], dtype=np.float32), self.policy.device)
+        used = (None if weight is None else number for weight, number in zip(weights, numbers[-2:], strict=True))
         return Inputs(batch, draws, numbers[: len(rates)], PenaltyWeights(*used))
+
+    def _penalty_weights(self, number: int) -> PenaltyWeights:
+        """λ of the penalties after ``number`` updates, on the host."""
+        penalty = self.config.penalty
+        starts = penalty.posterior, penalty.prior
+        return PenaltyWeights(*(penalty_weight(penalty, start, number) if start else None for start in starts))
 
     def step(self, inputs: Inputs) -> Outcome:
         """One update, all of it on the device: it may be recorded, and run again with other numbers in the same inputs."""
@@ -210,9 +213,7 @@ class Learner:
 
     def loss(self, batch: Batch, draws: Draws, number: int) -> Loss:
         """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
-        penalty = self.config.penalty
-        weights = (penalty_weight(penalty, start, number) if start else None for start in (penalty.posterior, penalty.prior))
-        return self.weighted_loss(batch, draws, PenaltyWeights(*weights))
+        return self.weighted_loss(batch, draws, self._penalty_weights(number))
 
     def weighted_loss(self, batch: Batch, draws: Draws, weights: PenaltyWeights) -> Loss:
         """:meth:`loss` with the λ of the penalties, numbers or scalars on the device."""

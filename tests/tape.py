@@ -13,7 +13,8 @@ import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero")
+# Operations whose result, or its shape, depends on values: on a GPU they wait for all that was launched before.
+READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.equal", "aten.is_nonzero")
 
 
 def _tensors(tree: Any) -> list[th.Tensor]:

@@ -18,7 +18,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from tape import Tape
 from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
-from test_meta import CASES, VECTOR
+from test_meta import CASES, VECTOR, case
 
 from sb3_dreamer_gpld import DreamerGPLD, execution
 from sb3_dreamer_gpld.learner import Learner
@@ -48,8 +48,8 @@ def assert_equal(one: DreamerGPLD, two: DreamerGPLD) -> None:
 
 
 def model_of(name: str, **options: Any) -> DreamerGPLD:
-    observations, actions, own = CASES[name]
-    return tiny(RandomSpaces(observations, actions), **{**LEARNED, **own, **options})
+    """The model of a case, whose rates and λ change from update to update."""
+    return case(name, **{**LEARNED, **options})
 
 
 IN_BFLOAT16 = ("vectors", "images", "dynamics")

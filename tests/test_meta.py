@@ -15,6 +15,7 @@ import torch as th
 import torch.nn.functional as F
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from tape import READS
 from test_dreamer_gpld import BOX, RandomSpaces, tiny
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -23,10 +24,6 @@ from sb3_dreamer_gpld import DreamerGPLD, transfer
 from sb3_dreamer_gpld.diagnostics import measures
 from sb3_dreamer_gpld.observations import like_space, spaces_by_key
 from sb3_dreamer_gpld.policies import RecurrentState
-
-# Operations whose result, or its shape, depends on values: on a GPU they wait for all that was launched before.
-READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique", "aten.equal", "aten.is_nonzero")
-
 
 # What autocast makes in bfloat16
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution")
@@ -102,11 +99,18 @@ def on_meta(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, th.Tensor) else leaf, value)
 
 
+def case(name: str, **options: Any) -> DreamerGPLD:
+    """The model of a case.
+
+    :param options: further arguments
+    """
+    observations, actions, own = CASES[name]
+    return tiny(RandomSpaces(observations, actions), **own, **options)
+
+
 def model_of(name: str, storage: str = "host") -> DreamerGPLD:
     """The model of a case, which was never updated."""
-    observations, actions, options = CASES[name]
-    options = {"train_ratio": 0.0, "precision": "float32", "replay_buffer_kwargs": {"storage": storage}, **options}
-    return tiny(RandomSpaces(observations, actions), **options)
+    return case(name, train_ratio=0.0, precision="float32", replay_buffer_kwargs={"storage": storage})
 
 
 # Neither knows the meta device.

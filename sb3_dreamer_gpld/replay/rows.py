@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 
+from sb3_dreamer_gpld.transfer import to_host
+
 try:
     # Only needed to warn before the memory runs out
     import psutil  # type: ignore[import-untyped]
@@ -246,11 +248,8 @@ class Rows:
 
 
 def to_numpy(value: Entries) -> np.ndarray:
-    """:return: a tensor or an array as an array; NumPy has no bfloat16, so floating tensors become float32"""
-    if isinstance(value, th.Tensor):
-        value = value.detach().float() if value.is_floating_point() else value.detach()
-        return value.cpu().numpy()
-    return np.asarray(value)
+    """:return: a tensor or an array as an array; floating tensors become float32"""
+    return to_host(value).arrays()[0] if isinstance(value, th.Tensor) else np.asarray(value)
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
