@@ -114,6 +114,7 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
             "plan_in_training=True needs a planner; allowed: planner='mppi', a dict of its settings, or plan_in_training=False"
         )
     check_range("exploration_noise", algorithm.exploration_noise, 0.0, float("inf"))
+    check_range("exploration_share", algorithm.exploration_share, 0.0, 1.0, low_open=True)
     check_range("policy_penalty", algorithm.policy_penalty, 0.0, float("inf"))
     check_range("penalty_start", algorithm.penalty_start, 0.0, float("inf"))
     if algorithm.precision not in ("auto", "float32", "bfloat16"):

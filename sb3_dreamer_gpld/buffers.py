@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.config import check_int, check_range
 from sb3_dreamer_gpld.observations import by_key, like_space, spaces_by_key
 from sb3_dreamer_gpld.replay.device_rows import DeviceRows
 from sb3_dreamer_gpld.replay.normalizing import normalized_observations, normalized_rewards
@@ -99,8 +99,12 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param seed: of the sampling; None: drawn from NumPy's global generator, which SB3 seeds, so that the seed of the model is
         enough to repeat a run
     :param storage: where the rows lie, "host" or "device"
+    :param recency: share of the drawn windows that are drawn with a probability of 1 / age, so that what the agent does now is
+        replayed more often, in [0, 1] (authors' release, ``replay.fracs.recency``, which is 0 there); the others are drawn
+        uniformly
     :raises ValueError: ``optimize_memory_usage`` is True, ``batch_length`` is no whole number of at least 1, ``storage`` is
-        another word, or "device" with observations or actions of a type that PyTorch cannot index
+        another word, or "device" with observations or actions of a type that PyTorch cannot index, ``recency`` is not in
+        [0, 1]
     """
 
     process = (0, 1)  # number of the process that fills it, and of how many
@@ -120,6 +124,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         classes: int = 2,
         seed: int | None = None,
         storage: str = "host",
+        recency: float = 0.0,
     ) -> None:
         # Not ReplayBuffer's constructor: it would allocate observations and next observations at once
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -140,6 +145,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.stoch_dtype = np.min_scalar_type(classes + 1)
         self.rng = np.random.default_rng(np.random.randint(2**31 - 1) if seed is None else seed)
         self._make_parts()
+        self.recency = recency
 
     def _make_parts(self) -> None:
         """Make the parts, empty, from the attributes of the constructor."""
@@ -210,6 +216,19 @@ class SequenceReplayBuffer(ReplayBuffer):
             raise
         rows.restore(present.added.copy(), *present.filled())
         self.rows = self.windows.rows = self.writer.rows = rows
+
+    @property
+    def recency(self) -> float:
+        """:return: share of the drawn windows that are drawn by their age; can be changed
+
+        :raises ValueError: it is set to what is no number in [0, 1]
+        """
+        return self.windows.recency
+
+    @recency.setter
+    def recency(self, recency: float) -> None:
+        check_range("recency", recency, 0.0, 1.0)
+        self.windows.recency = recency
 
     @property
     def observations(self) -> np.ndarray | dict[str, np.ndarray]:  # type: ignore[override]
@@ -360,7 +379,8 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SequenceSamples:  # type: ignore[override]
         """Sample windows of consecutive rows: first those that have been finished since the last call and were never served,
-        then uniformly among all that are stored. As long as no full window is stored, shorter ones are given.
+        then uniformly among all that are stored, and a share of ``recency`` by their age. As long as no full window is stored,
+        shorter ones are given.
 
         :param batch_size: number of windows, B
         :param env: normalises observations and rewards

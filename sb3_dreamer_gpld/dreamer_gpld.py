@@ -105,6 +105,8 @@ class DreamerGPLD(ResumableAlgorithm):
         None: from all
     :param exploration_noise: standard deviation of correlated noise (Ornstein-Uhlenbeck) that is added to collected actions in
         a Box, in their range scaled to [−1, 1]; 0: none, as published. ``action_noise`` takes its place where it is given
+    :param exploration_share: share of the episodes that have ``exploration_noise``, in (0, 1]; the others show the agent what
+        it does without it
     :param planner: "mppi": :meth:`predict`, and with it every evaluation, plans each action (Hansen et al., "TD-MPC2", ICLR
         2024), for actions in a Box; or a dict of settings that differ from TD-MPC2's, see
         :class:`~sb3_dreamer_gpld.planning.PlannerConfig`; None: actions are the policy net's
@@ -171,6 +173,7 @@ class DreamerGPLD(ResumableAlgorithm):
         actor_learning_rate: float | Schedule | None = None,
         imagination_starts: int | None = None,
         exploration_noise: float = 0.0,
+        exploration_share: float = 1.0,
         planner: str | dict[str, Any] | PlannerConfig | None = None,
         plan_in_training: bool = False,
         learning_rate_warmup: int = 1000,
@@ -225,7 +228,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.actor_gradient = actor_gradient
         self.actor_learning_rate = actor_learning_rate
         self.imagination_starts = imagination_starts
-        self.exploration_noise = exploration_noise
+        self.exploration_noise, self.exploration_share = exploration_noise, exploration_share
         self.planner = planner
         self.plan_in_training = plan_in_training
         self.learning_rate_warmup = learning_rate_warmup
@@ -284,13 +287,18 @@ class DreamerGPLD(ResumableAlgorithm):
         self._convert_train_freq()
         check_processes(self)
         self._state = None  # the number of environments may have changed in load()
-        self._exploration: ActionNoise | None = None
-        if self.exploration_noise and self.policy.action_spec.nvec is None:
-            self._exploration = correlated_noise(self.exploration_noise, self.policy.action_spec.size, self.n_envs)
+        self._exploration = self._make_exploration()
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
         self.learner = self.learner_class(self.policy, self._learner_config(), self.processes)
         if not self.processes.is_first:
             self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
+
+    def _make_exploration(self) -> ActionNoise | None:
+        """Noise that begins with the next episode of each environment."""
+        if not self.exploration_noise or self.policy.action_spec.nvec is not None:
+            return None
+        size = self.policy.action_spec.size
+        return correlated_noise(self.exploration_noise, size, self.n_envs, self.exploration_share, self._episode_num)
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -464,8 +472,8 @@ class DreamerGPLD(ResumableAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
-        if reset_num_timesteps and self._exploration is not None:
-            self._exploration.reset()
+        if reset_num_timesteps:
+            self._exploration = self._make_exploration()
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())

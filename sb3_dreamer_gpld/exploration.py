@@ -10,15 +10,52 @@ from stable_baselines3.common.noise import ActionNoise, OrnsteinUhlenbeckActionN
 RETURN_RATE = 0.15  # share of the noise that is lost in a step: it lasts for about seven
 
 
-def correlated_noise(std: float, size: int, n_envs: int) -> ActionNoise:
+class SomeEpisodes(ActionNoise):
+    """Noise in a share of the episodes, evenly spread, and zeros in the others.
+
+    :param noise: gives (A,)
+    :param share: of the episodes, in (0, 1]; the first ones have none if it is less than 1
+    :param episode: number of the first episode, from 0
+    """
+
+    def __init__(self, noise: ActionNoise, share: float, episode: int) -> None:
+        super().__init__()
+        self.noise, self.share, self.episode = noise, share, episode
+
+    @property
+    def noisy(self) -> bool:
+        """Whether this episode has noise."""
+        return math.floor((self.episode + 1) * self.share) > math.floor(self.episode * self.share)
+
+    def __call__(self) -> np.ndarray:
+        return self.noise() * self.noisy
+
+    def reset(self) -> None:
+        """Another episode begins."""
+        self.episode += 1
+        self.noise.reset()
+
+
+def correlated_noise(std: float, size: int, n_envs: int, share: float = 1.0, episodes: int = 0) -> ActionNoise:
     """Ornstein-Uhlenbeck noise, which starts at 0 in each episode (Lillicrap et al., "Continuous control with deep
     reinforcement learning", ICLR 2016).
 
     :param std: standard deviation of each number after the first steps, in the scaled range [−1, 1]
     :param size: numbers in an action, A
     :param n_envs: environments, each with noise of its own, E
+    :param share: of the episodes that have noise, in (0, 1]; environments take turns
+    :param episodes: that were collected before, in all environments together
     :return: gives (A,) for one environment, (E, A) for more
     """
     step = std * math.sqrt(1.0 - (1.0 - RETURN_RATE) ** 2)  # of an autoregressive process with that deviation
-    noise = OrnsteinUhlenbeckActionNoise(np.zeros(size), step * np.ones(size), theta=RETURN_RATE, dt=1.0)
-    return noise if n_envs == 1 else VectorizedActionNoise(noise, n_envs)
+
+    process = OrnsteinUhlenbeckActionNoise(np.zeros(size), step * np.ones(size), theta=RETURN_RATE, dt=1.0)
+    episode = episodes // n_envs
+    first = SomeEpisodes(process, share, episode)
+    if n_envs == 1:
+        return first
+    every = VectorizedActionNoise(first, n_envs)
+    for env, noise in enumerate(every.noises):
+        assert isinstance(noise, SomeEpisodes)
+        noise.episode = episode + env
+    return every

@@ -289,7 +289,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     def load_replay_buffer(self, path: str | os.PathLike[str] | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
 
-        The rows then lie where those of the present buffer do (``storage``), wherever they lay when they were saved.
+        The rows then lie where those of the present buffer do (``storage``), wherever they lay when they were saved, and are
+        drawn as its are (``recency``).
 
         :param path: a file of :meth:`save_replay_buffer`
         :param truncate_last_traj: for SB3's HER buffer; without effect here
@@ -324,5 +325,5 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if its != ours:
                 raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
         if present is not None:
-            loaded.storage = present.storage
+            loaded.storage, loaded.recency = present.storage, present.recency
         self.replay_buffer = loaded

@@ -435,6 +435,50 @@ def test_uniform_over_all_windows_of_all_rings(buffer_size: int, adds: int) -> N
     assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("recency", [1.0, 0.25])
+def test_a_share_of_the_windows_is_drawn_by_its_age(recency: float) -> None:
+    """With log((age + 1) / age) / log(windows + 1), about 1 / age; each ring as often as without."""
+    driver = Driver(2, 120, 4, seed=7)
+    for i in range(40):
+        driver.add([DONE if i % 5 == 4 else STEP, STEP])
+    drain(driver.buffer)
+    plain = driver.buffer.sample(4000)
+    driver.buffer.recency = recency
+    samples = driver.buffer.sample(20_000)
+    assert samples.envs.mean() == pytest.approx(plain.envs.mean(), abs=0.03)
+    for env in range(2):
+        starts = samples.starts[samples.envs == env]
+        newest = int(driver.buffer.rows_added[env]) - 4
+        ages = np.arange(1, newest + 1)  # a full window starts at row 1 or later
+        share = recency * np.log1p(1 / ages) / np.log(len(ages) + 1) + (1 - recency) / len(ages)
+        counts = np.array([(newest - age + 1 == starts).sum() for age in ages])
+        assert counts.sum() == len(starts)
+        chi_square = ((counts - share * len(starts)) ** 2 / (share * len(starts))).sum()
+        assert abs(chi_square - len(ages)) < 5 * np.sqrt(2 * len(ages))
+
+
+def test_windows_by_age_are_stored_ones() -> None:
+    """Before a full window is stored, and after the ring has wrapped; finished windows still come first."""
+    driver = Driver(2, 24, 3)  # 12 rows per environment
+    driver.buffer.recency = 1.0
+    for i in range(40):
+        driver.add([STEP, STEP])
+        if i % 7 == 0:
+            drain(driver.buffer)
+            samples = driver.buffer.sample(50)
+            _, windows, _ = driver.reference.windows()
+            assert set(zip(samples.envs.tolist(), samples.starts.tolist(), strict=True)) <= windows
+    for _ in range(1000 - 39):
+        driver.add([STEP, STEP])
+    assert driver.buffer.sample(4).starts.tolist() == [993, 993, 997, 997]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), "0.5", None, True])
+def test_wrong_recency_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"recency must be a number in \[0"):
+        SequenceReplayBuffer(10, FLAT, ACTIONS, recency=wrong)
+
+
 def test_online_queue_serves_every_row_once() -> None:
     """One window per finished batch_length + 1 rows, in order, each once; then uniform ones."""
     driver = Driver(1, 100, 3)

@@ -453,3 +453,15 @@ if __name__ == "__main__":  # makes the file of the first version
     FIRST_VERSION.parent.mkdir(exist_ok=True)
     first.save(FIRST_VERSION)
     np.save(FIRST_VERSION.with_name("model_v1_actions.npy"), _actions(first))
+
+
+def test_a_loaded_buffer_is_drawn_as_the_model_says(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.pkl"
+    model = tiny("Pendulum-v1", replay_buffer_kwargs={"recency": 0.5}).learn(40)
+    assert model.replay_buffer is not None and model.replay_buffer.recency == 0.5
+    model.save_replay_buffer(path)
+    plain = tiny("Pendulum-v1")
+    plain.load_replay_buffer(path)
+    assert plain.replay_buffer is not None and plain.replay_buffer.recency == 0.0
+    model.load_replay_buffer(path)
+    assert model.replay_buffer.recency == 0.5

@@ -244,6 +244,40 @@ def test_each_environment_has_noise_of_its_own() -> None:
     assert not np.allclose(following[0], following[1])
 
 
+@pytest.mark.parametrize("share, noisy", [(1.0, "1111111"), (0.5, "0101010"), (0.25, "0001000"), (0.7, "0110110")])
+def test_a_share_of_the_episodes_has_noise(share: float, noisy: str) -> None:
+    """Also from an episode in the middle on; environments take turns, and each has episodes of its own."""
+    for before in (0, 2):
+        noise = correlated_noise(0.3, 2, 1, share, before)
+        for expected in noisy[before:]:
+            assert [noise().any() for _ in range(3)] == [expected == "1"] * 3
+            noise.reset()
+    several = correlated_noise(0.3, 2, 3, share, 3)  # one episode of each before
+    assert several().any(-1).tolist() == [each == "1" for each in noisy[1:4]]
+    several.reset(indices=[1])  # type: ignore[call-arg]
+    assert several().any(-1).tolist() == [noisy[i] == "1" for i in (1, 3, 3)]
+
+
+@pytest.mark.parametrize("envs", [1, 2])
+def test_noise_of_a_share_of_the_episodes_goes_on_from_files(envs: int, tmp_path: Path) -> None:
+    def noisy(model: DreamerGPLD) -> list[bool]:
+        noise = model._exploration
+        return [each.noisy for each in getattr(noise, "noises", [noise])]
+
+    env = DummyVecEnv([Clock] * envs)
+    model = tiny(env, "MlpPolicy", exploration_noise=0.3, exploration_share=0.5, learning_starts=1000)
+    assert noisy(model) == [False, True][:envs]
+    model.learn(20 * envs)  # an episode of each
+    assert noisy(model) == [True, False][:envs]
+    model.save(tmp_path / "model")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=env)
+    assert noisy(loaded) == [True, False][:envs]
+    loaded.learn(20 * envs, reset_num_timesteps=False)
+    assert noisy(loaded) == [False, True][:envs]
+    loaded.learn(1)  # from the beginning
+    assert noisy(loaded) == [False, True][:envs]
+
+
 @pytest.mark.parametrize("envs", [1, 2])
 def test_exploration_noise_is_added_to_what_is_collected_alone(envs: int) -> None:
     """Training episodes have it, also over several calls of learn; predict has none."""
@@ -280,6 +314,12 @@ def test_exploration_noise_is_for_boxes_and_gives_way_to_action_noise() -> None:
 def test_wrong_exploration_noise_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="exploration_noise must be a number"):
         tiny("Pendulum-v1", exploration_noise=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.1, 1.1, float("nan"), "0.5", None, True])
+def test_wrong_exploration_share_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"exploration_share must be a number in \(0"):
+        tiny("Pendulum-v1", exploration_noise=0.1, exploration_share=wrong)
 
 
 def test_a_run_with_exploration_noise_goes_on_from_its_files(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Choice of the windows that a batch consists of: new ones first, then uniformly among all that are stored.
+"""Choice of the windows that a batch consists of: new ones first, then uniformly among all that are stored, or by their age.
 
 Letters: B sequences, T steps, E environments.
+
+Source: the authors' release, ``replay.fracs`` and ``recexp``, for windows by their age.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class WindowSampler:
     :param batch_length: trained steps T of a full window; one more row before them gives the initial state
     """
 
+    recency = 0.0  # share of the windows that are drawn by their age in newest_first; old pickles have none of their own
+
     def __init__(self, rows: Rows, batch_length: int) -> None:
         self.rows, self.batch_length = rows, batch_length
         # Windows not yet served: (environment, number of the first trained row), oldest first
@@ -77,7 +81,8 @@ class WindowSampler:
         return bool(self.rows.stored().max() > self.batch_length)
 
     def newest_first(self, count: int, rng: np.random.Generator) -> Windows:
-        """Windows that have been finished and were never served, then uniformly drawn ones.
+        """Windows that have been finished and were never served, then drawn ones: a share of them by their age, the others
+        uniformly.
 
         :param count: how many, B
         :param rng: draws them
@@ -90,6 +95,9 @@ class WindowSampler:
             if self._is_stored(*window):
                 fresh.append(window)
         drawn = self.uniform(count - len(fresh), rng)
+        if self.recency:
+            by_age = rng.random(len(drawn.starts)) < self.recency
+            drawn = drawn._replace(starts=np.where(by_age, self._by_age(drawn.envs, rng), drawn.starts))
         envs, starts = np.array(fresh, dtype=np.int64).reshape(-1, 2).T
         return drawn._replace(envs=np.concatenate((envs, drawn.envs)), starts=np.concatenate((starts, drawn.starts)))
 
@@ -108,6 +116,19 @@ class WindowSampler:
         envs = np.searchsorted(ends, drawn, side="right").astype(np.int64, copy=False)
         starts = choice.oldest[envs] + drawn - (ends - choice.counts)[envs]
         return Windows(envs, starts, choice.steps, choice.has_context)
+
+    def _by_age(self, envs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Windows that are drawn with a probability of about 1 / age; the newest one of a ring has age 1.
+
+        :param envs: the rings to draw from, (B,)
+        :param rng: draws them
+        :return: numbers of their first trained rows, (B,)
+        """
+        choice = self._choice()
+        counts = choice.counts[envs]
+        # Rounded down, a number whose logarithm is uniform is k with a probability of log(k + 1) − log(k)
+        ages = np.minimum(np.floor((counts + 1.0) ** rng.random(len(envs))).astype(np.int64), counts)
+        return choice.oldest[envs] + counts - ages
 
     def _choice(self) -> _Choice:
         stored = self.rows.stored()
