@@ -2,6 +2,7 @@
 
 Usage: python -m benchmarks.planning time [--size 1m] [--environments 1 16] [--repeats 11]
        python -m benchmarks.planning returns FILE --task walker-walk --label "preset, 100,000 frames" [--episodes 10]
+                                             [--actions "most probable" sampled] [--results planning_returns.csv]
        python -m benchmarks.planning table
 
 ``time``: milliseconds for a step of acting, the ways to act taking turns. ``returns``: episodes of a model (a .zip of
@@ -36,6 +37,7 @@ from sb3_dreamer_gpld.policies import DreamerPolicy
 RESULTS = Path(__file__).parent / "planning_returns.csv"
 ACTION_REPEAT = 2
 SEED = 20_000  # of the episodes' starts, which no run was trained or chosen on
+ACTIONS = ("most probable", "sampled")
 # What is compared: the policy net alone; TD-MPC2's planner; one of a twelfth of its candidates; that one, close to the policy
 # and looking further ahead
 PLANNERS: dict[str, dict[str, Any] | None] = {
@@ -87,21 +89,25 @@ def returns(policy: DreamerPolicy, task: str, way: str, deterministic: bool, epi
     return {"return": float(np.mean(found)), "std": float(np.std(found)), "ms": ms}
 
 
-def run(file: Path, task: str, label: str, ways: Sequence[str], episodes: int) -> None:
-    """Every way that is missing, added to the results one by one."""
+def run(
+    file: Path, task: str, label: str, ways: Sequence[str], actions: Sequence[str], episodes: int, results: Path = RESULTS
+) -> None:
+    """Every way that is missing, added to the results one by one.
+
+    :param file: of the model or policy
+    :param task: of the episodes
+    :param label: of the model in the results
+    :param ways, actions: to act, of :data:`PLANNERS` and :data:`ACTIONS`
+    :param episodes: for each of them
+    :param results: file that they are added to; one for each of several processes that run at once
+    """
     policy = policy_of(file)
     for way in ways:
-        for deterministic in (True, False):
-            key = {
-                "task": task,
-                "model": label,
-                "way": way,
-                "actions": "most probable" if deterministic else "sampled",
-                "episodes": str(episodes),
-            }
-            rows: list[dict[str, Any]] = list(read_csv(RESULTS))
+        for kind in actions:
+            key = {"task": task, "model": label, "way": way, "actions": kind, "episodes": str(episodes)}
+            rows: list[dict[str, Any]] = list(read_csv(results))
             if not any(all(row[name] == value for name, value in key.items()) for row in rows):
-                write_csv(RESULTS, [*rows, {**key, **returns(policy, task, way, deterministic, episodes)}], 4)
+                write_csv(results, [*rows, {**key, **returns(policy, task, way, kind == ACTIONS[0], episodes)}], 4)
 
 
 def table() -> Iterator[str]:
@@ -129,6 +135,8 @@ def main() -> int:
     episodes.add_argument("--task", choices=TASKS, required=True)
     episodes.add_argument("--label", required=True, help="what the model is called in the table")
     episodes.add_argument("--episodes", type=int, default=10)
+    episodes.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS))
+    episodes.add_argument("--results", type=Path, default=RESULTS)
     for command in (timing, episodes):
         command.add_argument("--ways", nargs="+", choices=PLANNERS, default=list(PLANNERS))
     commands.add_parser("table", help="print what was found")
@@ -139,7 +147,7 @@ def main() -> int:
             found = milliseconds(args.size, n_envs, args.ways, args.repeats)
             print(f"{args.size}, {n_envs} environments: " + ", ".join(f"{way} {ms:.1f} ms" for way, ms in found.items()))
     elif args.command == "returns":
-        run(args.file, args.task, args.label, args.ways, args.episodes)
+        run(args.file, args.task, args.label, args.ways, args.actions, args.episodes, args.results)
     else:
         print("\n".join(table()))
     return 0
