@@ -111,16 +111,21 @@ def run(
 
 
 def table() -> Iterator[str]:
-    """Markdown: a row for each model, returns with most probable / sampled actions."""
-    rows = read_csv(RESULTS)
-    yield f"| task | model | {' | '.join(PLANNERS)} |"
-    yield "| --- " * (len(PLANNERS) + 2) + "|"
-    for task, model in dict.fromkeys((row["task"], row["model"]) for row in rows):
-        cells = []
-        for way in PLANNERS:
-            found = [row for row in rows if (row["task"], row["model"], row["way"]) == (task, model, way)]
-            cells.append(" / ".join(f"{float(row['return']):.0f}" for row in found))
-        yield f"| {task} | {model} | {' | '.join(cells)} |"
+    """Markdown: a row for each task and stage, a column for each kind of model and way to act; most probable / sampled.
+
+    The label of a model is its stage, and after ", " its kind if there are several.
+    """
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+    for row in read_csv(RESULTS):
+        stage, _, kind = row["model"].partition(", ")
+        found = cells.setdefault((row["task"], stage), {}).setdefault((kind, row["way"]), [])
+        found.append(f"{float(row['return']):.0f}")
+    ways = {column: None for found in cells.values() for column in found}
+    columns = sorted(ways, key=lambda column: (column[0], list(PLANNERS).index(column[1])))
+    yield f"| task | model | {' | '.join(', '.join(filter(None, column[::-1])) for column in columns)} |"
+    yield "| --- " * (len(columns) + 2) + "|"
+    for (task, stage), found in cells.items():
+        yield f"| {task} | {stage} | {' | '.join(' / '.join(found.get(column, [])) for column in columns)} |"
 
 
 def main() -> int:

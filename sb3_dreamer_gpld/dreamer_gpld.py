@@ -27,7 +27,8 @@ from sb3_dreamer_gpld.config import (
     dynamics_share,
     entropy_target,
 )
-from sb3_dreamer_gpld.envs import check_finite, check_normalization, naming_environments, registered
+from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
+from sb3_dreamer_gpld.envs import registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio

@@ -1,4 +1,4 @@
-"""Environment helpers: repeated actions, tasks of dm_control and Meta-World, and what is wrong with what environments give.
+"""Environment helpers: wrappers, and the tasks of dm_control and Meta-World.
 
 The wrappers take plain numbers and lists only, so that a hyperparameter file of rl_zoo3 can name them::
 
@@ -8,22 +8,16 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 """
 
 import difflib
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import connection
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_dreamer_gpld.config import check_int
-from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, spaces_by_key
 
 _WELD_NUMBERS = 11  # of MuJoCo's weld constraints, as Meta-World 3 writes them
 
@@ -269,136 +263,6 @@ def _seed_metaworld(env: gym.Env[Any, Any], seed: int | None) -> None:
     """Seed the order of a Meta-World environment's goals; None: from the system's entropy."""
     unwrapped: Any = env.unwrapped
     unwrapped.seed(int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed))
-
-
-def lost_processes(env: VecEnv) -> str:
-    """Tell which processes of a SubprocVecEnv have ended; SB3 itself only raises an EOFError or a BrokenPipeError.
-
-    :param env: a vectorised environment, wrapped or not
-    :return: "the process of environment 1 ended ...", or "" if none has, or there are no processes
-    """
-    unwrapped = env.unwrapped
-    if not isinstance(unwrapped, SubprocVecEnv):
-        return ""
-    # The pipe breaks a moment before the process is gone.
-    connection.wait([process.sentinel for process in unwrapped.processes], timeout=5.0)
-    ended = []
-    for number, process in enumerate(unwrapped.processes):
-        if process.exitcode is not None:
-            how = (
-                f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"ended with code {process.exitcode}"
-            )
-            ended.append(f"the process of environment {number} {how}")
-    return f"{' and '.join(ended)}; an error of its own is printed above" if ended else ""
-
-
-def blamed_environment(error: BaseException, env: VecEnv) -> str:
-    """Tell which environment an error came from; SB3 keeps that to the local variables of its loops.
-
-    :param error: an error that was raised inside ``env``
-    :param env: a vectorised environment, wrapped or not
-    :return: "environment 1", with the shape of its observation if that is what is wrong, or "" if nothing tells
-    """
-    unwrapped = env.unwrapped
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        names = frame.f_locals
-        if names.get("self") is unwrapped and "env_idx" in names:
-            return f"environment {names['env_idx']}"
-        if isinstance(unwrapped, SubprocVecEnv) and {"obs_list", "space"} <= names.keys():
-            for number, observation in enumerate(names["obs_list"]):
-                wrong = _wrong_shape(observation, names["space"])
-                if wrong:
-                    return f"environment {number}, {wrong}"
-    return ""
-
-
-def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
-    """What shape is wrong in an observation, or ""."""
-    values = observation if isinstance(space, spaces.Dict) else {ONLY_KEY: observation}
-    for key, part in spaces_by_key(space).items():
-        if key in values and np.shape(values[key]) != part.shape:
-            return f"{called('observation', key)}: expected shape {part.shape}, received {np.shape(values[key])}"
-    return ""
-
-
-@contextmanager
-def naming_environments(algorithm: BaseAlgorithm) -> Iterator[None]:
-    """Errors of an algorithm's environments say which one it was: as a note, from Python 3.11 on.
-
-    :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it
-    """
-    try:
-        yield
-    except (EOFError, ConnectionError) as error:
-        lost = "" if algorithm.env is None else lost_processes(algorithm.env)
-        if not lost:
-            raise
-        raise RuntimeError(f"At step {algorithm.num_timesteps} {lost}") from error
-    except Exception as error:
-        blamed = "" if algorithm.env is None else blamed_environment(error, algorithm.env)
-        if blamed and hasattr(error, "add_note"):
-            error.add_note(f"It was raised at step {algorithm.num_timesteps} by {blamed}")
-        raise
-
-
-def check_finite(
-    step: int,
-    observation: np.ndarray | dict[str, np.ndarray],
-    reward: np.ndarray | None = None,
-    infos: list[dict[str, Any]] | None = None,
-) -> None:
-    """Refuse what no net can learn from.
-
-    :param step: of the agent
-    :param observation: of E environments, (E, *shape), or by key
-    :param reward: (E,)
-    :param infos: of each environment; they may have an episode's last observation
-    :raises ValueError: NaN, infinity, or what becomes infinite in float32; names the key, the environment's index and the step
-    """
-
-    def check(name: str, values: np.ndarray, first_env: int = 0) -> None:
-        values = np.asarray(values)
-        if not np.issubdtype(values.dtype, np.floating):
-            return
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32)).reshape(len(values), -1).all(1)  # as it is stored
-        if not finite.all():
-            env = first_env + int(np.flatnonzero(~finite)[0])
-            raise ValueError(
-                f"{name} of environment {env} is not finite at step {step}: {values[env - first_env]}. "
-                "Allowed: finite numbers of float32. Nothing of this step was stored"
-            )
-
-    for key, values in by_key(observation).items():
-        check(called("observation", key), values)
-    if reward is not None:
-        check("the reward", reward)
-    for env, info in enumerate(infos or ()):
-        terminal = info.get("terminal_observation")
-        if terminal is not None:
-            for key, value in by_key(terminal).items():
-                check(called("terminal observation", key), np.asarray(value)[None], env)
-
-
-def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]) -> None:
-    """What is stored must be what VecNormalize sees, so that it can be normalised when it is replayed.
-
-    :param normalize: among the wrappers, if there is one
-    :param space: of the observations that the algorithm sees
-    :raises ValueError: a wrapper outside VecNormalize changes the shape
-    """
-    if normalize is None:
-        return
-
-    def shapes(space: spaces.Space[Any]) -> Any:
-        return {k: s.shape for k, s in space.items()} if isinstance(space, spaces.Dict) else space.shape
-
-    inner, outer = shapes(normalize.observation_space), shapes(space)
-    if inner != outer:
-        raise ValueError(
-            f"VecNormalize sees observations of shape {inner}, the algorithm {outer}. VecNormalize must be the outermost "
-            "of the wrappers that change the shape: VecNormalize(VecTransposeImage(VecFrameStack(env)))"
-        )
 
 
 def register_dm_control() -> None:
