@@ -1,14 +1,14 @@
 """What planning at decision time costs, and what it returns beside the policy net, with the same trained nets.
 
 Usage: python -m benchmarks.planning time [--size 1m] [--environments 1 16] [--repeats 11]
-       python -m benchmarks.planning returns FILE --task walker-walk --label "preset, 100,000 frames" [--episodes 10]
-                                             [--actions "most probable" sampled] [--results planning_returns.csv]
-       python -m benchmarks.planning table
+       python -m benchmarks.planning returns FILE --task walker-walk --label "100,000 frames" [--episodes 10]
+                                             [--actions "most probable" sampled] [--results FILE]
+       python -m benchmarks.planning table [FILE ...]
 
 ``time``: milliseconds for a step of acting, the ways to act taking turns. ``returns``: episodes of a model (a .zip of
 ``model.save``) or policy (a file of ``policy.save``) with each way to act, from the same starts, appended to
-``planning_returns.csv``; ``table`` prints that file. Ways that are there already are not run again. Let nothing run beside
-``time``.
+``planning_returns.csv`` or another file (processes that run at once need one each); ``table`` prints them. Ways that are there
+already are not run again. Let nothing run beside ``time``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from benchmarks.learning.ladder import TASKS
+from benchmarks.learning.ladder import MORE_TASKS
 from benchmarks.results import read_csv, write_csv
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import make_dmc
@@ -110,22 +110,26 @@ def run(
                 write_csv(results, [*rows, {**key, **returns(policy, task, way, kind == ACTIONS[0], episodes)}], 4)
 
 
-def table() -> Iterator[str]:
+def table(files: Sequence[Path] = ()) -> Iterator[str]:
     """Markdown: a row for each task and stage, a column for each kind of model and way to act; most probable / sampled.
 
     The label of a model is its stage, and after ", " its kind if there are several.
+
+    :param files: of results; none: :data:`RESULTS`
     """
-    cells: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
-    for row in read_csv(RESULTS):
+    cells: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    for row in [row for file in files or [RESULTS] for row in read_csv(file)]:
         stage, _, kind = row["model"].partition(", ")
-        found = cells.setdefault((row["task"], stage), {}).setdefault((kind, row["way"]), [])
-        found.append(f"{float(row['return']):.0f}")
+        found = cells.setdefault((row["task"], stage), {}).setdefault((kind, row["way"]), {})
+        found[row["actions"]] = f"{float(row['return']):.0f} ± {float(row['std']):.0f}"
     ways = {column: None for found in cells.values() for column in found}
     columns = sorted(ways, key=lambda column: (column[0], list(PLANNERS).index(column[1])))
     yield f"| task | model | {' | '.join(', '.join(filter(None, column[::-1])) for column in columns)} |"
     yield "| --- " * (len(columns) + 2) + "|"
     for (task, stage), found in cells.items():
-        yield f"| {task} | {stage} | {' | '.join(' / '.join(found.get(column, [])) for column in columns)} |"
+        returns_of = [found.get(column, {}) for column in columns]
+        texts = [" / ".join(returns.get(kind, "–") for kind in ACTIONS) if returns else "" for returns in returns_of]
+        yield f"| {task} | {stage} | {' | '.join(texts)} |"
 
 
 def main() -> int:
@@ -137,14 +141,15 @@ def main() -> int:
     timing.add_argument("--repeats", type=int, default=11)
     episodes = commands.add_parser("returns", help="episodes with each way to act")
     episodes.add_argument("file", type=Path)
-    episodes.add_argument("--task", choices=TASKS, required=True)
-    episodes.add_argument("--label", required=True, help="what the model is called in the table")
+    episodes.add_argument("--task", choices=MORE_TASKS, required=True)
+    episodes.add_argument("--label", required=True, help='stage of the model in the table, or "stage, kind"')
     episodes.add_argument("--episodes", type=int, default=10)
     episodes.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS))
     episodes.add_argument("--results", type=Path, default=RESULTS)
     for command in (timing, episodes):
         command.add_argument("--ways", nargs="+", choices=PLANNERS, default=list(PLANNERS))
-    commands.add_parser("table", help="print what was found")
+    shown = commands.add_parser("table", help="print what was found")
+    shown.add_argument("files", type=Path, nargs="*", default=[RESULTS])
     args = parser.parse_args()
     th.set_num_threads(1)
     if args.command == "time":
@@ -154,7 +159,7 @@ def main() -> int:
     elif args.command == "returns":
         run(args.file, args.task, args.label, args.ways, args.actions, args.episodes, args.results)
     else:
-        print("\n".join(table()))
+        print("\n".join(table(args.files)))
     return 0
 
 

@@ -99,9 +99,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     :param seed: of the sampling; None: drawn from NumPy's global generator, which SB3 seeds, so that the seed of the model is
         enough to repeat a run
     :param storage: where the rows lie, "host" or "device"
-    :param recency: share of the drawn windows that are drawn with a probability of 1 / age, so that what the agent does now is
-        replayed more often, in [0, 1] (authors' release, ``replay.fracs.recency``, which is 0 there); the others are drawn
-        uniformly
+    :param recency: share of the drawn windows that are drawn with a probability of about 1 / age, so that what the agent
+        does now is replayed more often, in [0, 1] (after the authors' release, ``replay.fracs.recency``, which is 0 there, and
+        whose ages are stretched to the capacity as long as it is not full); the others are drawn uniformly
     :raises ValueError: ``optimize_memory_usage`` is True, ``batch_length`` is no whole number of at least 1, ``storage`` is
         another word, or "device" with observations or actions of a type that PyTorch cannot index, ``recency`` is not in
         [0, 1]
@@ -219,7 +219,8 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     @property
     def recency(self) -> float:
-        """:return: share of the drawn windows that are drawn by their age; can be changed
+        """:return: share of the drawn windows that are drawn by their age. It can change; ``load_replay_buffer`` sets it to
+            that of the model's ``replay_buffer_kwargs``
 
         :raises ValueError: it is set to what is no number in [0, 1]
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from sb3_dreamer_gpld.config import (
 from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
 from sb3_dreamer_gpld.envs import registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
-from sb3_dreamer_gpld.exploration import correlated_noise
+from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.pace import Pace, tell, warn_if_too_short
@@ -107,7 +108,7 @@ class DreamerGPLD(ResumableAlgorithm):
     :param exploration_noise: standard deviation of correlated noise (Ornstein-Uhlenbeck) that is added to collected actions in
         a Box, in their range scaled to [−1, 1]; 0: none, as published. ``action_noise`` takes its place where it is given
     :param exploration_share: share of the episodes that have ``exploration_noise``, in (0, 1]; the others show the agent what
-        it does without it
+        it does without it. Of no effect without ``exploration_noise``, or with ``action_noise``
     :param planner: "mppi": :meth:`predict`, and with it every evaluation, plans each action (Hansen et al., "TD-MPC2", ICLR
         2024), for actions in a Box; or a dict of settings that differ from TD-MPC2's, see
         :class:`~sb3_dreamer_gpld.planning.PlannerConfig`; None: actions are the policy net's
@@ -288,18 +289,24 @@ class DreamerGPLD(ResumableAlgorithm):
         self._convert_train_freq()
         check_processes(self)
         self._state = None  # the number of environments may have changed in load()
-        self._exploration = self._make_exploration()
+        self._exploration = self._make_exploration(self.__dict__.pop("_noise_episodes", None))
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
         self.learner = self.learner_class(self.policy, self._learner_config(), self.processes)
         if not self.processes.is_first:
             self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
 
-    def _make_exploration(self) -> ActionNoise | None:
-        """Noise that begins with the next episode of each environment."""
+    def _make_exploration(self, episodes: Sequence[int] | None = None) -> ActionNoise | None:
+        """Noise that begins with the next episode of each environment.
+
+        :param episodes: their numbers, as saved; where they are not known, all environments have had as many
+        """
         if not self.exploration_noise or self.policy.action_spec.nvec is not None:
             return None
+        if episodes is None or len(episodes) != self.n_envs:
+            first = self._episode_num // self.n_envs + self.processes.rank * self.n_envs  # processes take turns, too
+            episodes = range(first, first + self.n_envs)
         size = self.policy.action_spec.size
-        return correlated_noise(self.exploration_noise, size, self.n_envs, self.exploration_share, self._episode_num)
+        return correlated_noise(self.exploration_noise, size, self.n_envs, self.exploration_share, episodes)
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -643,7 +650,12 @@ class DreamerGPLD(ResumableAlgorithm):
         return [*super()._excluded_save_params(), *own]
 
     def _run_state(self) -> dict[str, Any]:
-        return {**super()._run_state(), "_update_credit": self.update_ratio.credit}
+        own = {"_update_credit": self.update_ratio.credit, "_noise_episodes": episodes_of(self._exploration)}
+        return {**super()._run_state(), **own}
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        super()._take_over(state)
+        self._exploration = self._make_exploration(state.get("_noise_episodes"))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

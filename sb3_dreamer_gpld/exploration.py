@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from stable_baselines3.common.noise import ActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
@@ -36,26 +37,35 @@ class SomeEpisodes(ActionNoise):
         self.noise.reset()
 
 
-def correlated_noise(std: float, size: int, n_envs: int, share: float = 1.0, episodes: int = 0) -> ActionNoise:
+def correlated_noise(
+    std: float, size: int, n_envs: int, share: float = 1.0, episodes: Sequence[int] | None = None
+) -> ActionNoise:
     """Ornstein-Uhlenbeck noise, which starts at 0 in each episode (Lillicrap et al., "Continuous control with deep
     reinforcement learning", ICLR 2016).
 
     :param std: standard deviation of each number after the first steps, in the scaled range [−1, 1]
     :param size: numbers in an action, A
     :param n_envs: environments, each with noise of its own, E
-    :param share: of the episodes that have noise, in (0, 1]; environments take turns
-    :param episodes: that were collected before, in all environments together
+    :param share: of the episodes that have noise, in (0, 1]
+    :param episodes: number of the first episode of each environment, see :func:`episodes_of`; None: 0 to E − 1, so that
+        environments take turns
     :return: gives (A,) for one environment, (E, A) for more
     """
     step = std * math.sqrt(1.0 - (1.0 - RETURN_RATE) ** 2)  # of an autoregressive process with that deviation
-
     process = OrnsteinUhlenbeckActionNoise(np.zeros(size), step * np.ones(size), theta=RETURN_RATE, dt=1.0)
-    episode = episodes // n_envs
-    first = SomeEpisodes(process, share, episode)
-    if n_envs == 1:
-        return first
-    every = VectorizedActionNoise(first, n_envs)
-    for env, noise in enumerate(every.noises):
-        assert isinstance(noise, SomeEpisodes)
-        noise.episode = episode + env
-    return every
+    first = SomeEpisodes(process, share, 0)
+    noise = first if n_envs == 1 else VectorizedActionNoise(first, n_envs)
+    for each, episode in zip(_each(noise), range(n_envs) if episodes is None else episodes, strict=True):
+        each.episode = episode
+    return noise
+
+
+def episodes_of(noise: ActionNoise | None) -> list[int]:
+    """Number of the present episode of each environment, with which :func:`correlated_noise` goes on."""
+    return [] if noise is None else [each.episode for each in _each(noise)]
+
+
+def _each(noise: ActionNoise) -> list[SomeEpisodes]:
+    """The noise of each environment."""
+    every = noise.noises if isinstance(noise, VectorizedActionNoise) else [noise]
+    return [each for each in every if isinstance(each, SomeEpisodes)]

@@ -142,7 +142,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                     f"{share} was saved after {state['num_timesteps']} steps, and the model that it belongs to after "
                     f"{self.num_timesteps}: the run was stopped between the two. Use an earlier checkpoint"
                 )
-            self._rng_states = state["_rng_states"]
+            self._take_over(state)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Go on with what this process alone has saved.
+
+        :param state: what :meth:`_run_state` gave when it was saved
+        """
+        self._rng_states = state["_rng_states"]
 
     @classmethod
     def load(

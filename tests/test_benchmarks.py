@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import update_time
+from benchmarks import planning, update_time
 
 DEBUG = ["--size", "debug", "--batch", "2", "--length", "8", "--horizon", "2", "--repeats", "1"]
 
@@ -28,3 +28,36 @@ def test_time_of_an_update(options: list[str], tmp_path: Path, monkeypatch: pyte
     phases = json.loads(file.read_text())["phases_ms"]
     assert phases["total"] > 0 and all(ms >= 0 for name, ms in phases.items() if name != "backward and rest")
     assert {"sample", "refresh latents", "observe", "random numbers", "optimiser", "backward and rest"} <= set(phases)
+
+
+def test_the_page_of_planning_has_what_was_found() -> None:
+    page = planning.RESULTS.parents[1] / "docs" / "planning.md"
+    assert "\n".join(planning.table()) in page.read_text(encoding="utf-8")
+
+
+def test_planning_has_a_column_for_each_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returns that are there are not found again; a column has the most probable actions first, and what is missing."""
+    file, asked = tmp_path / "results.csv", []
+
+    def returns(policy: str, task: str, way: str, deterministic: bool, episodes: int) -> dict[str, float]:
+        asked.append((policy, way, deterministic))
+        return {"return": float(len(asked)), "std": 0.4}
+
+    monkeypatch.setattr(planning, "returns", returns)
+    monkeypatch.setattr(planning, "policy_of", lambda file: file)
+    for model, way, actions in [
+        ("late, b", "policy", ["sampled", "most probable"]),
+        ("late, a", "small", ["sampled"]),
+        ("early, a", "policy", ["most probable"]),
+        ("late, b", "policy", ["most probable"]),
+    ]:
+        planning.run(Path(model), "x", model, [way], actions, 3, file)
+    late, early = Path("late, b"), Path("early, a")
+    expected = [(late, "policy", False), (late, "policy", True), (Path("late, a"), "small", False), (early, "policy", True)]
+    assert asked == expected
+    assert list(planning.table([file])) == [
+        "| task | model | policy, a | small, a | policy, b |",
+        "| --- | --- | --- | --- | --- |",
+        "| x | late |  | – / 3 ± 0 | 2 ± 0 / 1 ± 0 |",
+        "| x | early | 4 ± 0 / – |  |  |",
+    ]

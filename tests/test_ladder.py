@@ -55,6 +55,9 @@ def test_rates_and_noise_that_fall() -> None:
     assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([1e-4, 1e-5])  # type: ignore[attr-defined]
     noise = np.stack([model._exploration() for _ in range(5000)])  # type: ignore[attr-defined]
     assert noise.std() == pytest.approx(0.04, rel=0.15)
+    arm.settings["exploration_share"] = model.exploration_share = 0.5  # the first episode has none
+    ladder.set_rates_and_noise(model, arm, 500)
+    assert not model._exploration().any()  # type: ignore[attr-defined, misc]
 
 
 @pytest.mark.parametrize("name", [name for name, arm in ladder.read_arms().items() if not arm.is_sac])

@@ -446,15 +446,6 @@ def test_policy_files_load_with_weights_only(tmp_path: Path) -> None:
             type(trained.policy).load(tmp_path / name)
 
 
-if __name__ == "__main__":  # makes the file of the first version
-    if FIRST_VERSION.exists():
-        sys.exit(textwrap.fill(f"{FIRST_VERSION.name} exists, and must stay as the first version wrote it"))
-    first = model(seed=3).learn(60)
-    FIRST_VERSION.parent.mkdir(exist_ok=True)
-    first.save(FIRST_VERSION)
-    np.save(FIRST_VERSION.with_name("model_v1_actions.npy"), _actions(first))
-
-
 def test_a_loaded_buffer_is_drawn_as_the_model_says(tmp_path: Path) -> None:
     path = tmp_path / "buffer.pkl"
     model = tiny("Pendulum-v1", replay_buffer_kwargs={"recency": 0.5}).learn(40)
@@ -465,3 +456,12 @@ def test_a_loaded_buffer_is_drawn_as_the_model_says(tmp_path: Path) -> None:
     assert plain.replay_buffer is not None and plain.replay_buffer.recency == 0.0
     model.load_replay_buffer(path)
     assert model.replay_buffer.recency == 0.5
+
+
+if __name__ == "__main__":  # makes the file of the first version
+    if FIRST_VERSION.exists():
+        sys.exit(textwrap.fill(f"{FIRST_VERSION.name} exists, and must stay as the first version wrote it"))
+    first = model(seed=3).learn(60)
+    FIRST_VERSION.parent.mkdir(exist_ok=True)
+    first.save(FIRST_VERSION)
+    np.save(FIRST_VERSION.with_name("model_v1_actions.npy"), _actions(first))

@@ -17,7 +17,7 @@ from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_saving import Clock
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise
+from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
 
@@ -185,13 +185,14 @@ class StopAfter(BaseCallback):
         return self.n_calls < self.steps
 
 
-@pytest.mark.parametrize("envs", [1, 2])
+@pytest.mark.parametrize("envs, share", [(1, 1.0), (2, 0.5)])
 @pytest.mark.parametrize("steps", [30, 40], ids=["within an episode", "at its end"])
-def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int, envs: int) -> None:
+def test_a_run_that_a_callback_stopped_goes_on_as_if_it_had_not(steps: int, envs: int, share: float) -> None:
     """What is stored is the same, the latents and the noise in the actions too: the step at which it stopped is not lost."""
 
     def run() -> DreamerGPLD:
-        return tiny(DummyVecEnv([Clock] * envs), "MlpPolicy", learning_starts=1000, exploration_noise=0.5)
+        settings = dict(learning_starts=1000, exploration_noise=0.5, exploration_share=share)
+        return tiny(DummyVecEnv([Clock] * envs), "MlpPolicy", **settings)
 
     whole = run().learn(60 * envs)
     stopped = run().learn(60 * envs, callback=StopAfter(steps))
@@ -246,36 +247,42 @@ def test_each_environment_has_noise_of_its_own() -> None:
 
 @pytest.mark.parametrize("share, noisy", [(1.0, "1111111"), (0.5, "0101010"), (0.25, "0001000"), (0.7, "0110110")])
 def test_a_share_of_the_episodes_has_noise(share: float, noisy: str) -> None:
-    """Also from an episode in the middle on; environments take turns, and each has episodes of its own."""
+    """Also from an episode in the middle on; each environment has episodes of its own, and they take turns."""
     for before in (0, 2):
-        noise = correlated_noise(0.3, 2, 1, share, before)
+        noise = correlated_noise(0.3, 2, 1, share, [before])
         for expected in noisy[before:]:
             assert [noise().any() for _ in range(3)] == [expected == "1"] * 3
             noise.reset()
-    several = correlated_noise(0.3, 2, 3, share, 3)  # one episode of each before
-    assert several().any(-1).tolist() == [each == "1" for each in noisy[1:4]]
+    several = correlated_noise(0.3, 2, 3, share)
+    assert several().any(-1).tolist() == [each == "1" for each in noisy[:3]]
     several.reset(indices=[1])  # type: ignore[call-arg]
-    assert several().any(-1).tolist() == [noisy[i] == "1" for i in (1, 3, 3)]
+    several.reset(indices=[1, 2])  # type: ignore[call-arg]
+    assert episodes_of(several) == [0, 3, 3]
+    assert several().any(-1).tolist() == [noisy[i] == "1" for i in (0, 3, 3)]
 
 
-@pytest.mark.parametrize("envs", [1, 2])
-def test_noise_of_a_share_of_the_episodes_goes_on_from_files(envs: int, tmp_path: Path) -> None:
-    def noisy(model: DreamerGPLD) -> list[bool]:
-        noise = model._exploration
-        return [each.noisy for each in getattr(noise, "noises", [noise])]
+class Short(Clock):
+    """Episodes of 8 steps instead of 20."""
 
-    env = DummyVecEnv([Clock] * envs)
-    model = tiny(env, "MlpPolicy", exploration_noise=0.3, exploration_share=0.5, learning_starts=1000)
-    assert noisy(model) == [False, True][:envs]
-    model.learn(20 * envs)  # an episode of each
-    assert noisy(model) == [True, False][:envs]
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated or self.steps == 8, info
+
+
+def test_noise_of_a_share_of_the_episodes_goes_on_from_files(tmp_path: Path) -> None:
+    """Environments with episodes of different length have had different numbers of them."""
+    settings: dict[str, Any] = dict(exploration_noise=0.3, exploration_share=0.5, learning_starts=1000)
+    env = DummyVecEnv([Clock, Short])
+    model = tiny(env, "MlpPolicy", **settings)
+    assert episodes_of(model._exploration) == [0, 1]
+    model.learn(2 * 20)  # one episode of the first, two and a half of the second
+    assert episodes_of(model._exploration) == [1, 3]
     model.save(tmp_path / "model")
-    loaded = DreamerGPLD.load(tmp_path / "model", env=env)
-    assert noisy(loaded) == [True, False][:envs]
-    loaded.learn(20 * envs, reset_num_timesteps=False)
-    assert noisy(loaded) == [False, True][:envs]
-    loaded.learn(1)  # from the beginning
-    assert noisy(loaded) == [False, True][:envs]
+    assert episodes_of(DreamerGPLD.load(tmp_path / "model", env=env)._exploration) == [1, 3]
+    alone = DreamerGPLD.load(tmp_path / "model", env=DummyVecEnv([Clock]))  # another number of environments: 3 episodes of one
+    assert episodes_of(alone._exploration) == [3]
+    model.learn(2)  # from the beginning
+    assert episodes_of(model._exploration) == [0, 1]
 
 
 @pytest.mark.parametrize("envs", [1, 2])
@@ -322,9 +329,10 @@ def test_wrong_exploration_share_is_refused(wrong: Any) -> None:
         tiny("Pendulum-v1", exploration_noise=0.1, exploration_share=wrong)
 
 
-def test_a_run_with_exploration_noise_goes_on_from_its_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"exploration_share": 0.5, "replay_buffer_kwargs": {"recency": 0.5}}])
+def test_a_run_with_exploration_noise_goes_on_from_its_files(settings: dict[str, Any], tmp_path: Path) -> None:
     def run() -> DreamerGPLD:
-        return tiny(Clock(), exploration_noise=0.3)
+        return tiny(Clock(), exploration_noise=0.3, **settings)
 
     whole = run().learn(80)
     first = run().learn(40)  # two episodes

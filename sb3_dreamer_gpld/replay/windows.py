@@ -2,7 +2,7 @@
 
 Letters: B sequences, T steps, E environments.
 
-Source: the authors' release, ``replay.fracs`` and ``recexp``, for windows by their age.
+Source: after the authors' release, ``replay.fracs`` and ``recexp``, for windows by their age.
 """
 
 from __future__ import annotations
