@@ -35,6 +35,7 @@ from sb3_dreamer_gpld.planning import Planner, PlannerConfig
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
 RESULTS = Path(__file__).parent / "planning_returns.csv"
+STAGES = RESULTS.with_name("planning_stages.csv")  # of models with and without the penalty
 ACTION_REPEAT = 2
 SEED = 20_000  # of the episodes' starts, which no run was trained or chosen on
 ACTIONS = ("most probable", "sampled")
@@ -111,14 +112,17 @@ def run(
 
 
 def table(files: Sequence[Path] = ()) -> Iterator[str]:
-    """Markdown: a row for each task and stage, a column for each kind of model and way to act; most probable / sampled.
+    """Markdown: a row for each task and stage, a column for each kind of model and way to act. Cells are those of most
+    probable / sampled actions, or of the only ones that there are.
 
     The label of a model is its stage, and after ", " its kind if there are several.
 
     :param files: of results; none: :data:`RESULTS`
     """
+    rows = [row for file in files or [RESULTS] for row in read_csv(file)]
+    kinds = [actions for actions in ACTIONS if any(row["actions"] == actions for row in rows)]
     cells: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
-    for row in [row for file in files or [RESULTS] for row in read_csv(file)]:
+    for row in rows:
         stage, _, kind = row["model"].partition(", ")
         found = cells.setdefault((row["task"], stage), {}).setdefault((kind, row["way"]), {})
         found[row["actions"]] = f"{float(row['return']):.0f} ± {float(row['std']):.0f}"
@@ -128,7 +132,7 @@ def table(files: Sequence[Path] = ()) -> Iterator[str]:
     yield "| --- " * (len(columns) + 2) + "|"
     for (task, stage), found in cells.items():
         returns_of = [found.get(column, {}) for column in columns]
-        texts = [" / ".join(returns.get(kind, "–") for kind in ACTIONS) if returns else "" for returns in returns_of]
+        texts = [" / ".join(returns.get(actions, "–") for actions in kinds) if returns else "" for returns in returns_of]
         yield f"| {task} | {stage} | {' | '.join(texts)} |"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import planning, update_time
+from benchmarks.results import read_csv, write_csv
 
 DEBUG = ["--size", "debug", "--batch", "2", "--length", "8", "--horizon", "2", "--repeats", "1"]
 
@@ -32,7 +33,8 @@ def test_time_of_an_update(options: list[str], tmp_path: Path, monkeypatch: pyte
 
 def test_the_page_of_planning_has_what_was_found() -> None:
     page = planning.RESULTS.parents[1] / "docs" / "planning.md"
-    assert "\n".join(planning.table()) in page.read_text(encoding="utf-8")
+    for file in (planning.RESULTS, planning.STAGES):
+        assert "\n".join(planning.table([file])) in page.read_text(encoding="utf-8")
 
 
 def test_planning_has_a_column_for_each_kind_of_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +63,5 @@ def test_planning_has_a_column_for_each_kind_of_model(tmp_path: Path, monkeypatc
         "| x | late |  | – / 3 ± 0 | 2 ± 0 / 1 ± 0 |",
         "| x | early | 4 ± 0 / – |  |  |",
     ]
+    write_csv(file, [row for row in read_csv(file) if row["actions"] == "sampled"], 4)
+    assert list(planning.table([file]))[2:] == ["| x | late | 3 ± 0 | 2 ± 0 |"]
