@@ -64,4 +64,4 @@ def test_planning_has_a_column_for_each_kind_of_model(tmp_path: Path, monkeypatc
         "| x | early | 4 ± 0 / – |  |  |",
     ]
     write_csv(file, [row for row in read_csv(file) if row["actions"] == "sampled"], 4)
-    assert list(planning.table([file]))[2:] == ["| x | late | 3 ± 0 | 2 ± 0 |"]
+    assert list(planning.table([file]))[2:] == ["| x | late | 3 ± 0 | 1 ± 0 |"]
