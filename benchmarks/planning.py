@@ -90,9 +90,7 @@ def returns(policy: DreamerPolicy, task: str, way: str, deterministic: bool, epi
     return {"return": float(np.mean(found)), "std": float(np.std(found)), "ms": ms}
 
 
-def run(
-    file: Path, task: str, label: str, ways: Sequence[str], actions: Sequence[str], episodes: int, results: Path = RESULTS
-) -> None:
+def run(file: Path, task: str, label: str, ways: Sequence[str], actions: Sequence[str], episodes: int, results: Path) -> None:
     """Every way that is missing, added to the results one by one.
 
     :param file: of the model or policy
@@ -111,23 +109,25 @@ def run(
                 write_csv(results, [*rows, {**key, **returns(policy, task, way, kind == ACTIONS[0], episodes)}], 4)
 
 
-def table(files: Sequence[Path] = ()) -> Iterator[str]:
+def table(files: Sequence[Path]) -> Iterator[str]:
     """Markdown: a row for each task and stage, a column for each kind of model and way to act. Cells are those of most
     probable / sampled actions, or of the only ones that there are.
 
     The label of a model is its stage, and after ", " its kind if there are several.
 
-    :param files: of results; none: :data:`RESULTS`
+    :param files: of results
     """
-    rows = [row for file in files or [RESULTS] for row in read_csv(file)]
+    rows = [row for file in files for row in read_csv(file)]
     kinds = [actions for actions in ACTIONS if any(row["actions"] == actions for row in rows)]
     cells: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
     for row in rows:
         stage, _, kind = row["model"].partition(", ")
         found = cells.setdefault((row["task"], stage), {}).setdefault((kind, row["way"]), {})
         found[row["actions"]] = f"{float(row['return']):.0f} ± {float(row['std']):.0f}"
-    ways = {column: None for found in cells.values() for column in found}
-    columns = sorted(ways, key=lambda column: (column[0], list(PLANNERS).index(column[1])))
+    columns = sorted(
+        {column for found in cells.values() for column in found},
+        key=lambda column: (column[0], list(PLANNERS).index(column[1])),
+    )
     yield f"| task | model | {' | '.join(', '.join(filter(None, column[::-1])) for column in columns)} |"
     yield "| --- " * (len(columns) + 2) + "|"
     for (task, stage), found in cells.items():

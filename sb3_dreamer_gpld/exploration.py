@@ -16,12 +16,12 @@ class SomeEpisodes(ActionNoise):
 
     :param noise: gives (A,)
     :param share: of the episodes, in (0, 1]; the first ones have none if it is less than 1
-    :param episode: number of the first episode, from 0
     """
 
-    def __init__(self, noise: ActionNoise, share: float, episode: int) -> None:
+    def __init__(self, noise: ActionNoise, share: float) -> None:
         super().__init__()
-        self.noise, self.share, self.episode = noise, share, episode
+        self.noise, self.share = noise, share
+        self.episode = 0  # number of the present one
 
     @property
     def noisy(self) -> bool:
@@ -53,7 +53,7 @@ def correlated_noise(
     """
     step = std * math.sqrt(1.0 - (1.0 - RETURN_RATE) ** 2)  # of an autoregressive process with that deviation
     process = OrnsteinUhlenbeckActionNoise(np.zeros(size), step * np.ones(size), theta=RETURN_RATE, dt=1.0)
-    first = SomeEpisodes(process, share, 0)
+    first = SomeEpisodes(process, share)
     noise = first if n_envs == 1 else VectorizedActionNoise(first, n_envs)
     for each, episode in zip(_each(noise), range(n_envs) if episodes is None else episodes, strict=True):
         each.episode = episode
