@@ -108,6 +108,9 @@ class ModelConfig:
     :param image_features: if given, a layer of that size after the image encoder (not in the papers)
     :param kernel: side of the convolution kernels, odd
     :param decoder_blocks: blocks of the first layer of the image decoder
+    :param normalize_vectors: encoder and decoder see the numbers of Box observations, after symlog, in units of their own
+        running standard deviation, so that one of ±0.1 counts as much as one of ±5 (not in the papers, see
+        :mod:`~sb3_dreamer_gpld.nets.normalizer`)
     :param unimix: share of the uniform distribution in the categoricals
     :param bins: bins of the two-hot heads, odd
     :param min_std, max_std: bounds of the standard deviation of continuous actions
@@ -144,6 +147,7 @@ class ModelConfig:
     image_features: int | None = None
     kernel: int = 5
     decoder_blocks: int = 8
+    normalize_vectors: bool = False
     unimix: float = 0.01
     bins: int = 255
     min_std: float = 0.1
@@ -182,6 +186,8 @@ class ModelConfig:
         for name in ("encoder_units", "image_features"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
+        if not isinstance(self.normalize_vectors, bool):
+            raise ValueError(f"normalize_vectors must be True or False, not {self.normalize_vectors!r}")
         for name in ("policy_arch", "value_arch"):
             if not isinstance(getattr(self, name), (tuple, list, type(None))):
                 raise ValueError(f"{name} must be a list of the units of each layer, not {getattr(self, name)!r}")

@@ -190,6 +190,7 @@ class Learner:
             policy.optimizer.found_inf = policy.optimizer.rates = None
         policy.actor_critic.update_slow_value(1.0 - fault.float())
         policy.actor_critic.keep(result.running, fault)
+        policy.world_model.follow(batch.observations, fault)
         metrics = self._logged(result, means, grad_norm)
         states = States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
         logged = th.stack([metric.float() for metric in metrics.values()])  # (metrics,)

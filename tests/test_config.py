@@ -93,6 +93,7 @@ WRONG: dict[str, list[Any]] = {
     "image_features": OPTIONAL_SIZES,
     "kernel": [4, *NO_SIZES],
     "decoder_blocks": NO_SIZES,
+    "normalize_vectors": [1, None, "yes"],
     "unimix": [0.0, *NO_SHARES],
     "bins": [1, 254, *NO_SIZES],
     "min_std": [0.0, 1.5, *NO_WEIGHTS],  # max_std is 1

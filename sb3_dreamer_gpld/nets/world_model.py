@@ -27,6 +27,7 @@ from sb3_dreamer_gpld.nets.layers import (
     image_targets,
     vector_targets,
 )
+from sb3_dreamer_gpld.nets.normalizer import Normalizer
 from sb3_dreamer_gpld.nets.redundancy import Projector, redundancy_loss
 from sb3_dreamer_gpld.nets.rssm import RSSM, States
 from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
@@ -140,6 +141,8 @@ class WorldModel(SteppedModule):
         super().__init__()
         self.spec, self.config = spec, config
         features, units = config.feature_size, config.units
+        self._box_sizes = [key.size for key in spec.vectors if key.nvec is None]
+        self.normalizer = Normalizer(sum(self._box_sizes)) if config.normalize_vectors and self._box_sizes else None
         self.encoder = Encoder(spec, config)
         self.rssm = RSSM(self.encoder.size, actions, config)
         self.vector_decoder: Head | None = None
@@ -166,11 +169,32 @@ class WorldModel(SteppedModule):
 
         :param observations: by key, (*batch, *shape)
         :param batch: batch dimensions
-        :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image size
+        :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image
+            size; the numbers of Box observations are normalised if the config says so
         """
         dtype = self.bins.dtype
         images = [image_targets(keys, observations, batch, dtype) for keys in self.spec.image_groups.values()]
-        return vector_targets(self.spec, observations, batch, dtype), images
+        vectors = vector_targets(self.spec, observations, batch, dtype)
+        if self.normalizer is not None:
+            boxes = iter(self.normalizer(self._numbers(vectors)).split(self._box_sizes, -1))
+            vectors = [next(boxes) if key.nvec is None else x for key, x in zip(self.spec.vectors, vectors, strict=True)]
+        return vectors, images
+
+    def _numbers(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Of all Box observations, not of the one-hots, (*batch, numbers)."""
+        return th.cat([x for key, x in zip(self.spec.vectors, vectors, strict=True) if key.nvec is None], -1)
+
+    @th.no_grad()
+    def follow(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
+        """Take replayed observations into the normaliser's statistics; call it after the update.
+
+        :param observations: by key, (B, T, *shape)
+        :param fault: bool scalar, whether the update failed: then the statistics stay
+        """
+        if self.normalizer is not None:
+            size = next(iter(observations.values())).shape[:2]
+            numbers = self._numbers(vector_targets(self.spec, observations, size, self.bins.dtype))  # (B, T, numbers)
+            self.normalizer.update(self.gather(numbers.flatten(0, 1)), fault)
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
         """:return: tokens (*batch, tokens)"""
