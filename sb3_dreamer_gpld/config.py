@@ -80,6 +80,13 @@ def check_range(name: str, value: Any, low: float, high: float, low_open: bool =
         raise ValueError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
 
 
+def _check_layers(name: str, layers: Any) -> None:
+    if not isinstance(layers, (tuple, list, type(None))):
+        raise ValueError(f"{name} must be a list of the units of each layer, not {layers!r}")
+    for units in layers or ():
+        check_int(f"every layer of {name}", units, 1)
+
+
 def _check_spectral_norm(nets: Any) -> None:
     if not isinstance(nets, (tuple, list)):
         raise ValueError(f"spectral_norm must be a list of nets ({', '.join(SPECTRAL_NETS)}), not {nets!r}")
@@ -189,10 +196,7 @@ class ModelConfig:
         if not isinstance(self.normalize_vectors, bool):
             raise ValueError(f"normalize_vectors must be True or False, not {self.normalize_vectors!r}")
         for name in ("policy_arch", "value_arch"):
-            if not isinstance(getattr(self, name), (tuple, list, type(None))):
-                raise ValueError(f"{name} must be a list of the units of each layer, not {getattr(self, name)!r}")
-            for units in getattr(self, name) or ():
-                check_int(f"every layer of {name}", units, 1)
+            _check_layers(name, getattr(self, name))
         if self.reconstruction not in RECONSTRUCTIONS:
             raise ValueError(unknown_name("reconstruction", self.reconstruction, RECONSTRUCTIONS))
         check_range("redundancy_lambda", self.redundancy_lambda, 0.0, math.inf)

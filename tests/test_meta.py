@@ -91,6 +91,7 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "dynamics": (VECTOR, BOX, {"actor_gradient": "dynamics", "imagination_starts": 3, "ent_coef": "auto"}),
     "actor's rate": (VECTOR, BOX, {"actor_learning_rate": 1e-4}),
     "redundancy": (MIXED, BOX, {"policy_kwargs": {"reconstruction": "redundancy"}}),
+    "normalised": (MIXED, BOX, {"policy_kwargs": {"normalize_vectors": True}}),
 }
 
 
@@ -162,6 +163,7 @@ CEILINGS = {
     "dynamics": 3_928,
     "actor's rate": 3_375,
     "redundancy": 3_427,
+    "normalised": 3_687,
 }
 
 

@@ -92,7 +92,14 @@ model.learn({steps}, reset_num_timesteps=False).save("resumed")
     [
         (1, {}),
         (1, {"discrete": True, "penalty_random_rows": True, "penalty_rows": 2, "penalty_schedule": "linear"}),
-        (2, {"learning_rate": lambda progress: 1e-3 * progress, "learning_rate_warmup": 60}),
+        (
+            2,
+            {
+                "learning_rate": lambda progress: 1e-3 * progress,
+                "learning_rate_warmup": 60,
+                "policy_kwargs": {"normalize_vectors": True},
+            },
+        ),
         (1, {"policy_kwargs": {"reconstruction": "redundancy", "redundancy_weight": 0.1}, "prior_penalty": 0.3}),
         (
             1,

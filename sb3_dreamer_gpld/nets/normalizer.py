@@ -1,8 +1,8 @@
 """Numbers of the observations in units of their own deviation, whatever the unit that they are given in.
 
-A squared error weighs a number by its scale: an angle of ±0.1 beside a velocity of ±5 is worth less than what the divergence of
-the latents costs, and is not kept. The published agent has no such thing; Stable-Baselines3's VecNormalize is the same idea
-on the side of the environment, with statistics of all steps there were.
+A squared error weighs a number by its scale: an angle of ±0.1 beside a velocity of ±5 is worth less than it costs to keep it in
+the latents, and is lost. The published agent has no such thing; Stable-Baselines3's VecNormalize is the same idea on the side
+of the environment, where the statistics are those of all steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ class Normalizer(nn.Module):
         """:param x: (..., n)
         :return: (..., n)
         """
-        return (x - self.mean) / self.variance.clamp_min(MIN_STD**2).sqrt()
+        return (x - self.mean) / self._std()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The numbers (..., n) that are normalised to ``x`` (..., n)."""
+        return x * self._std() + self.mean
+
+    def _std(self) -> Tensor:
+        return self.variance.clamp_min(MIN_STD**2).sqrt()  # (n,)
 
     @th.no_grad()
     def update(self, x: Tensor, fault: Tensor) -> None:

@@ -141,8 +141,8 @@ class WorldModel(SteppedModule):
         super().__init__()
         self.spec, self.config = spec, config
         features, units = config.feature_size, config.units
-        self._box_sizes = [key.size for key in spec.vectors if key.nvec is None]
-        self.normalizer = Normalizer(sum(self._box_sizes)) if config.normalize_vectors and self._box_sizes else None
+        numbers = sum(key.size for key in spec.vectors if key.nvec is None)
+        self.normalizer = Normalizer(numbers) if config.normalize_vectors and numbers else None
         self.encoder = Encoder(spec, config)
         self.rssm = RSSM(self.encoder.size, actions, config)
         self.vector_decoder: Head | None = None
@@ -169,20 +169,26 @@ class WorldModel(SteppedModule):
 
         :param observations: by key, (*batch, *shape)
         :param batch: batch dimensions
-        :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image
-            size; the numbers of Box observations are normalised if the config says so
+        :return: vectors (*batch, size) per vector key, images (*batch, height, width, channels) per image size
         """
         dtype = self.bins.dtype
         images = [image_targets(keys, observations, batch, dtype) for keys in self.spec.image_groups.values()]
-        vectors = vector_targets(self.spec, observations, batch, dtype)
-        if self.normalizer is not None:
-            boxes = iter(self.normalizer(self._numbers(vectors)).split(self._box_sizes, -1))
-            vectors = [next(boxes) if key.nvec is None else x for key, x in zip(self.spec.vectors, vectors, strict=True)]
-        return vectors, images
+        return vector_targets(self.spec, observations, batch, dtype), images
 
     def _numbers(self, vectors: Sequence[Tensor]) -> Tensor:
         """Of all Box observations, not of the one-hots, (*batch, numbers)."""
         return th.cat([x for key, x in zip(self.spec.vectors, vectors, strict=True) if key.nvec is None], -1)
+
+    def _with_numbers(self, vectors: Sequence[Tensor], numbers: Tensor) -> list[Tensor]:
+        """Vectors with other :meth:`_numbers`."""
+        boxes = iter(numbers.split([key.size for key in self.spec.vectors if key.nvec is None], -1))
+        return [next(boxes) if key.nvec is None else x for key, x in zip(self.spec.vectors, vectors, strict=True)]
+
+    def _normalized(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Vectors of :meth:`targets` as encoder and decoder have them."""
+        if self.normalizer is None:
+            return vectors
+        return self._with_numbers(vectors, self.normalizer(self._numbers(vectors)))
 
     @th.no_grad()
     def follow(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
@@ -198,7 +204,8 @@ class WorldModel(SteppedModule):
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
         """:return: tokens (*batch, tokens)"""
-        return self.encoder(*self.targets(observations, batch))
+        vectors, images = self.targets(observations, batch)
+        return self.encoder(self._normalized(vectors), images)
 
     def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
         return list(outputs.split([key.size for key in self.spec.vectors], -1))
@@ -223,6 +230,8 @@ class WorldModel(SteppedModule):
             raise ValueError(NO_DECODER)
         deter, stoch = features.split([self.config.deter, self.config.stoch_size], -1)
         vectors = [] if self.vector_decoder is None else self._split_vectors(self.vector_decoder(features))
+        if self.normalizer is not None and vectors:
+            vectors = self._with_numbers(vectors, self.normalizer.inverse(self._numbers(vectors)))
         return vectors, self._decode_images(deter, stoch)
 
     def predict_reward(self, outputs: Tensor) -> Tensor:
@@ -282,8 +291,10 @@ class WorldModel(SteppedModule):
     def encode_targets(
         self, observations: Mapping[str, Tensor], batch: Sequence[int]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """:meth:`targets` and the tokens (*batch, tokens) that the encoder makes of them."""
+        """:meth:`targets`, the vectors normalised if the config says so, and the tokens (*batch, tokens) that the encoder
+        makes of them."""
         vectors, images = self.targets(observations, batch)
+        vectors = self._normalized(vectors)
         return vectors, images, self.encoder(vectors, images)
 
     @compilable
@@ -299,7 +310,7 @@ class WorldModel(SteppedModule):
         """Divergences, reward, continue and, with a decoder, reconstruction losses.
 
         :param states: posterior states
-        :param vectors, images: :meth:`targets`
+        :param vectors, images: of :meth:`encode_targets`
         :param rewards, is_terminal: (B, T)
         :param gamma: discount that the continue head learns
         :return: by name, with values (B, T)
