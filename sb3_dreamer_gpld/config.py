@@ -115,8 +115,8 @@ class ModelConfig:
     :param image_features: if given, a layer of that size after the image encoder (not in the papers)
     :param kernel: side of the convolution kernels, odd
     :param decoder_blocks: blocks of the first layer of the image decoder
-    :param normalize_vectors: encoder and decoder see the numbers of Box observations, after symlog, in units of their own
-        running standard deviation, so that one of ±0.1 counts as much as one of ±5 (not in the papers, see
+    :param normalize_vectors: encoder and decoder see the numbers of Box observations in units of their own running
+        standard deviation, before symlog, so that one of ±0.1 counts as much as one of ±5 (not in the papers, see
         :mod:`~sb3_dreamer_gpld.nets.normalizer`)
     :param unimix: share of the uniform distribution in the categoricals
     :param bins: bins of the two-hot heads, odd

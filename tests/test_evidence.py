@@ -28,7 +28,7 @@ def test_the_page_is_that_of_the_results() -> None:
 
 def test_the_arms_differ_in_the_penalty_alone() -> None:
     arms = ladder.read_arms()
-    preset = arms["rw10-rate16-explore"].settings
+    preset = arms["rw10-rate16-explore-normalize"].settings
     lambdas = set()
     for name in ARMS:
         own = dict(arms[name].settings)

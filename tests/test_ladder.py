@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ pytest.importorskip("rl_zoo3")
 from benchmarks.learning import ladder  # noqa: E402
 from benchmarks.learning.ladder import Arm, Job  # noqa: E402
 from benchmarks.results import read_csv, write_csv  # noqa: E402
+from sb3_dreamer_gpld import DreamerGPLD, preset  # noqa: E402
 from sb3_dreamer_gpld.zoo.check import check_entry  # noqa: E402
 
 RESULTS = ladder.RESULTS
@@ -41,6 +43,17 @@ def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["second"] == Arm("second", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, None, None)
     assert found["third"] == Arm("third", {"gamma": 0.8, "batch_size": 4, "policy_kwargs": kwargs}, 1, 0.5, "lost")
     assert found["fourth"] == Arm("fourth", {}, 2, None, None, 10, 20)
+
+
+def test_the_preset_is_the_arm_that_was_confirmed() -> None:
+    """``preset("cpu")`` for continuous actions, where its actor_gradient "auto" is "dynamics"."""
+    chosen = {**preset("cpu"), "actor_gradient": "dynamics"}
+    settings = ladder.read_arms()["rw10-rate16-explore-normalize"].settings
+    assert settings == {key: chosen[key] for key in settings}
+    published = {key: value for key, value in chosen.items() if key not in settings}
+    assert published.keys() <= {"penalty_fraction", "penalty_schedule", "penalty_min"}
+    defaults = inspect.signature(DreamerGPLD).parameters
+    assert published == {key: defaults[key].default for key in published}
 
 
 def test_rates_and_noise_that_fall() -> None:

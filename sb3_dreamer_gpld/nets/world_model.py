@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
-from sb3_dreamer_gpld.nets.distributions import categorical_kl, two_hot_bins, two_hot_loss, two_hot_mean
+from sb3_dreamer_gpld.nets.distributions import categorical_kl, symexp, symlog, two_hot_bins, two_hot_loss, two_hot_mean
 from sb3_dreamer_gpld.nets.gpld import rademacher, row_penalty
 from sb3_dreamer_gpld.nets.layers import (
     Encoder,
@@ -175,20 +175,24 @@ class WorldModel(SteppedModule):
         images = [image_targets(keys, observations, batch, dtype) for keys in self.spec.image_groups.values()]
         return vector_targets(self.spec, observations, batch, dtype), images
 
-    def _numbers(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Of all Box observations, not of the one-hots, (*batch, numbers)."""
-        return th.cat([x for key, x in zip(self.spec.vectors, vectors, strict=True) if key.nvec is None], -1)
+    def _numbers(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
+        """Of all Box observations, as they are, (*batch, numbers)."""
+        boxes = [key.name for key in self.spec.vectors if key.nvec is None]
+        return th.cat([observations[name].reshape(*batch, -1).to(self.bins.dtype) for name in boxes], -1)
 
     def _with_numbers(self, vectors: Sequence[Tensor], numbers: Tensor) -> list[Tensor]:
-        """Vectors with other :meth:`_numbers`."""
+        """Vectors with other numbers of Box observations, (*batch, numbers)."""
         boxes = iter(numbers.split([key.size for key in self.spec.vectors if key.nvec is None], -1))
         return [next(boxes) if key.nvec is None else x for key, x in zip(self.spec.vectors, vectors, strict=True)]
 
-    def _normalized(self, vectors: list[Tensor]) -> list[Tensor]:
-        """Vectors of :meth:`targets` as encoder and decoder have them."""
-        if self.normalizer is None:
-            return vectors
-        return self._with_numbers(vectors, self.normalizer(self._numbers(vectors)))
+    def _normalized_targets(
+        self, observations: Mapping[str, Tensor], batch: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """:meth:`targets` as encoder and decoder have them."""
+        vectors, images = self.targets(observations, batch)
+        if self.normalizer is not None:
+            vectors = self._with_numbers(vectors, symlog(self.normalizer(self._numbers(observations, batch))))
+        return vectors, images
 
     @th.no_grad()
     def follow(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
@@ -199,13 +203,12 @@ class WorldModel(SteppedModule):
         """
         if self.normalizer is not None:
             size = next(iter(observations.values())).shape[:2]
-            numbers = self._numbers(vector_targets(self.spec, observations, size, self.bins.dtype))  # (B, T, numbers)
-            self.normalizer.update(self.gather(numbers.flatten(0, 1)), fault)
+            numbers = self._numbers(observations, size).flatten(0, 1)  # (B·T, numbers)
+            self.normalizer.update(self.gather(numbers), fault)
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
         """:return: tokens (*batch, tokens)"""
-        vectors, images = self.targets(observations, batch)
-        return self.encoder(self._normalized(vectors), images)
+        return self.encoder(*self._normalized_targets(observations, batch))
 
     def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
         return list(outputs.split([key.size for key in self.spec.vectors], -1))
@@ -231,7 +234,8 @@ class WorldModel(SteppedModule):
         deter, stoch = features.split([self.config.deter, self.config.stoch_size], -1)
         vectors = [] if self.vector_decoder is None else self._split_vectors(self.vector_decoder(features))
         if self.normalizer is not None and vectors:
-            vectors = self._with_numbers(vectors, self.normalizer.inverse(self._numbers(vectors)))
+            numbers = th.cat([x for key, x in zip(self.spec.vectors, vectors, strict=True) if key.nvec is None], -1)
+            vectors = self._with_numbers(vectors, symlog(self.normalizer.inverse(symexp(numbers))))
         return vectors, self._decode_images(deter, stoch)
 
     def predict_reward(self, outputs: Tensor) -> Tensor:
@@ -293,8 +297,7 @@ class WorldModel(SteppedModule):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """:meth:`targets`, the vectors normalised if the config says so, and the tokens (*batch, tokens) that the encoder
         makes of them."""
-        vectors, images = self.targets(observations, batch)
-        vectors = self._normalized(vectors)
+        vectors, images = self._normalized_targets(observations, batch)
         return vectors, images, self.encoder(vectors, images)
 
     @compilable
