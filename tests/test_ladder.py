@@ -45,7 +45,7 @@ def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["fourth"] == Arm("fourth", {}, 2, None, None, 10, 20)
 
 
-def test_the_preset_is_the_arm_that_was_confirmed() -> None:
+def test_the_preset_is_an_arm() -> None:
     """``preset("cpu")`` for continuous actions, where its actor_gradient "auto" is "dynamics"."""
     chosen = {**preset("cpu"), "actor_gradient": "dynamics"}
     settings = ladder.read_arms()["rw10-rate16-explore-normalize"].settings

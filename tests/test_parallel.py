@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_one_process_on_the_whole_batch(reconstruction: 
 
 RUN = """
 env = RandomSpaces(BOX, BOX)
-model = tiny(env, train_ratio=16, ent_coef="auto", verbose=1)
+model = tiny(env, train_ratio=16, ent_coef="auto", policy_kwargs={"normalize_vectors": True}, verbose=1)
 try:
     tiny(env, batch_size=3)
 except ValueError as error:

@@ -141,8 +141,9 @@ class WorldModel(SteppedModule):
         super().__init__()
         self.spec, self.config = spec, config
         features, units = config.feature_size, config.units
-        numbers = sum(key.size for key in spec.vectors if key.nvec is None)
-        self.normalizer = Normalizer(numbers) if config.normalize_vectors and numbers else None
+        self._box_sizes = {key.name: key.size for key in spec.vectors if key.nvec is None}  # one-hots are not normalised
+        normalize = config.normalize_vectors and len(self._box_sizes) > 0
+        self.normalizer = Normalizer(sum(self._box_sizes.values())) if normalize else None
         self.encoder = Encoder(spec, config)
         self.rssm = RSSM(self.encoder.size, actions, config)
         self.vector_decoder: Head | None = None
@@ -175,24 +176,27 @@ class WorldModel(SteppedModule):
         images = [image_targets(keys, observations, batch, dtype) for keys in self.spec.image_groups.values()]
         return vector_targets(self.spec, observations, batch, dtype), images
 
-    def _numbers(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
-        """Of all Box observations, as they are, (*batch, numbers)."""
-        boxes = [key.name for key in self.spec.vectors if key.nvec is None]
-        return th.cat([observations[name].reshape(*batch, -1).to(self.bins.dtype) for name in boxes], -1)
+    def _numbers(self, vectors: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
+        """All that is normalised of vectors by key, (*batch, numbers)."""
+        return th.cat([vectors[name].reshape(*batch, -1).to(self.bins.dtype) for name in self._box_sizes], -1)
 
-    def _with_numbers(self, vectors: Sequence[Tensor], numbers: Tensor) -> list[Tensor]:
-        """Vectors with other numbers of Box observations, (*batch, numbers)."""
-        boxes = iter(numbers.split([key.size for key in self.spec.vectors if key.nvec is None], -1))
-        return [next(boxes) if key.nvec is None else x for key, x in zip(self.spec.vectors, vectors, strict=True)]
+    def _by_key(self, numbers: Tensor) -> dict[str, Tensor]:
+        """:meth:`_numbers` (*batch, numbers) as vectors (*batch, size)."""
+        return dict(zip(self._box_sizes, numbers.split(list(self._box_sizes.values()), -1), strict=True))
 
-    def _normalized_targets(
-        self, observations: Mapping[str, Tensor], batch: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """:meth:`targets` as encoder and decoder have them."""
-        vectors, images = self.targets(observations, batch)
-        if self.normalizer is not None:
-            vectors = self._with_numbers(vectors, symlog(self.normalizer(self._numbers(observations, batch))))
-        return vectors, images
+    def _normalized(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Mapping[str, Tensor]:
+        """Observations whose :meth:`targets` encoder and decoder have."""
+        if self.normalizer is None:
+            return observations
+        return {**observations, **self._by_key(self.normalizer(self._numbers(observations, batch)))}
+
+    def _in_own_units(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Vectors (*batch, size) that the decoder gave, in the form of :meth:`targets`."""
+        if self.normalizer is None:
+            return vectors
+        decoded = {key.name: x for key, x in zip(self.spec.vectors, vectors, strict=True)}
+        numbers = self.normalizer.inverse(symexp(self._numbers(decoded, vectors[0].shape[:-1])))
+        return list({**decoded, **self._by_key(symlog(numbers))}.values())
 
     @th.no_grad()
     def follow(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
@@ -208,7 +212,7 @@ class WorldModel(SteppedModule):
 
     def encode(self, observations: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
         """:return: tokens (*batch, tokens)"""
-        return self.encoder(*self._normalized_targets(observations, batch))
+        return self.encoder(*self.targets(self._normalized(observations, batch), batch))
 
     def _split_vectors(self, outputs: Tensor) -> list[Tensor]:
         return list(outputs.split([key.size for key in self.spec.vectors], -1))
@@ -233,10 +237,7 @@ class WorldModel(SteppedModule):
             raise ValueError(NO_DECODER)
         deter, stoch = features.split([self.config.deter, self.config.stoch_size], -1)
         vectors = [] if self.vector_decoder is None else self._split_vectors(self.vector_decoder(features))
-        if self.normalizer is not None and vectors:
-            numbers = th.cat([x for key, x in zip(self.spec.vectors, vectors, strict=True) if key.nvec is None], -1)
-            vectors = self._with_numbers(vectors, symlog(self.normalizer.inverse(symexp(numbers))))
-        return vectors, self._decode_images(deter, stoch)
+        return self._in_own_units(vectors), self._decode_images(deter, stoch)
 
     def predict_reward(self, outputs: Tensor) -> Tensor:
         """Expected reward of the reward head's outputs (..., bins), (...)."""
@@ -297,7 +298,7 @@ class WorldModel(SteppedModule):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """:meth:`targets`, the vectors normalised if the config says so, and the tokens (*batch, tokens) that the encoder
         makes of them."""
-        vectors, images = self._normalized_targets(observations, batch)
+        vectors, images = self.targets(self._normalized(observations, batch), batch)
         return vectors, images, self.encoder(vectors, images)
 
     @compilable

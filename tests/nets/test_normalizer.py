@@ -28,8 +28,7 @@ MIXED = spaces.Dict(
 )
 
 
-def ok(fault: bool = False) -> th.Tensor:
-    return th.tensor(fault)
+OK, FAULT = th.tensor(False), th.tensor(True)
 
 
 def test_statistics_are_those_of_all_numbers() -> None:
@@ -38,7 +37,7 @@ def test_statistics_are_those_of_all_numbers() -> None:
     batches = rng.normal([100.0, 0.0, -3.0], [0.5, 1.0, 20.0], (30, 64, 3)) + rng.normal(0.0, 2.0, (30, 1, 3))
     net = Normalizer(3).double()
     for number, batch in enumerate(batches, 1):
-        net.update(th.as_tensor(batch), ok())
+        net.update(th.as_tensor(batch), OK)
         seen = batches[:number].reshape(-1, 3)
         np.testing.assert_allclose(net.mean, seen.mean(0), rtol=1e-12)
         np.testing.assert_allclose(net.variance, seen.var(0), rtol=1e-10)
@@ -52,7 +51,7 @@ def test_old_numbers_are_forgotten_in_the_end() -> None:
     """After 1 / RATE updates a batch has the share RATE, whatever there were before: a mixture of two distributions."""
     net = Normalizer(1).double()
     net.mean.fill_(2.0), net.variance.fill_(9.0), net.updates.fill_(50 / RATE)
-    net.update(th.tensor([[4.0], [6.0]], dtype=th.float64), ok())
+    net.update(th.tensor([[4.0], [6.0]], dtype=th.float64), OK)
     assert net.mean.item() == pytest.approx(2.0 + RATE * 3.0, rel=1e-12)
     second_moment = (1 - RATE) * (9.0 + 4.0) + RATE * (16.0 + 36.0) / 2
     assert net.variance.item() == pytest.approx(second_moment - net.mean.item() ** 2, rel=1e-10)
@@ -61,7 +60,7 @@ def test_old_numbers_are_forgotten_in_the_end() -> None:
 def test_a_number_that_hardly_varies_is_not_blown_up() -> None:
     net = Normalizer(2)
     x = th.stack([th.full((100,), 7.0), 7.0 + 1e-4 * th.randn(100)], -1)
-    net.update(x, ok())
+    net.update(x, OK)
     assert th.equal(net(x)[:, 0], th.zeros(100))
     assert net(x + MIN_STD)[:, 0].mean().item() == pytest.approx(1.0, rel=1e-4)
     assert net(x)[:, 1].abs().max() < 0.1
@@ -69,15 +68,15 @@ def test_a_number_that_hardly_varies_is_not_blown_up() -> None:
 
 def test_a_failed_update_leaves_everything() -> None:
     net = Normalizer(2)
-    net.update(th.randn(8, 2), ok())
+    net.update(th.randn(8, 2), OK)
     before = [buffer.clone() for buffer in net.buffers()]
-    net.update(th.full((8, 2), th.nan), ok(fault=True))
+    net.update(th.full((8, 2), th.nan), FAULT)
     assert all(th.equal(one, two) for one, two in zip(before, net.buffers(), strict=True))
 
 
 def test_inverse() -> None:
     net, x = Normalizer(4), 5.0 * th.randn(50, 4) + 3.0
-    net.update(x, ok())
+    net.update(x, OK)
     th.testing.assert_close(net.inverse(net(x)), x)
 
 
