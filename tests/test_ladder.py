@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("dm_control")
 pytest.importorskip("rl_zoo3")
 
-from benchmarks.learning import ladder  # noqa: E402
+from benchmarks.learning import confirmation, draw, ladder  # noqa: E402
 from benchmarks.learning.ladder import Arm, Job  # noqa: E402
 from benchmarks.results import read_csv, write_csv  # noqa: E402
 from sb3_dreamer_gpld import DreamerGPLD, preset  # noqa: E402
@@ -123,6 +123,35 @@ def test_table(folder: Path) -> None:
     for kind, shown in (("deterministic", "12 (12)"), ("sampled", "30 (30)")):
         assert f"| rw10 | {shown} | " in list(ladder.table(["rw10"], ["walker-walk"], [1], 7000, kind))[2]
     assert "| rw10 |  | " in list(ladder.table(["rw10"], ["walker-walk"], [1], 6000, "sampled"))[2]  # not evaluated there
+
+
+def test_confirmation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations of the seeds that are asked for, training episodes of SAC; no mean over the tasks without all of them."""
+    monkeypatch.setattr(draw, "RESULTS", folder)
+    published = yaml.safe_load(confirmation.PUBLISHED.read_text())
+    assert published["td_mpc2"].keys() == set(ladder.TASKS)
+    assert published["dreamer"].keys() | published["dreamer_at_100_000_frames"].keys() == {"frames", *ladder.TASKS}
+    rows = [
+        {"frames": f, "episode_return": f / 1000, "core_seconds": 6 * f / 1000, "updates": f}
+        for f in range(1000, 100_001, 1000)
+    ]
+    for arm, seeds in (("rw10", (1, 2, 3)), ("sac", (0,))):
+        for task in ladder.TASKS[arm == "sac" :]:
+            for seed in seeds:
+                job = Job(arm, task, seed, 0)
+                job.file.parent.mkdir(parents=True, exist_ok=True)
+                write_csv(job.file, rows)
+                write_csv(job.evaluations, [{"frames": 100_000, "deterministic": 100.0 * seed, "sampled": 10.0 * seed}])
+    lines = list(confirmation.table("rw10", [1, 2], published))
+    dreamer = "475 (298 to 714) | 962"
+    assert lines[2] == f"| walker-walk | 1, 2 | 100, 200 | 10, 20 | 10, 10 |  | {dreamer} |"
+    assert "| walker-run | 1, 2 | 100, 200 | 10, 20 | 10, 10 | 98 | " in lines[3]
+    assert lines[-1] == "| mean of the eight |  | 150 | 15 |  |  | 399 | 582 |"
+    Job("rw10", "reacher-hard", 1, 0).evaluations.unlink()
+    *_, reacher, _, last = confirmation.table("rw10", [1], published)
+    assert "| reacher-hard | 1 | nan | nan |" in reacher and last.startswith("| mean of the eight |  |  |  |")
+    confirmation.figure("rw10", [1, 2], published, folder / "new" / "figure.png")
+    assert (folder / "new" / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
