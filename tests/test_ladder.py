@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
@@ -104,6 +105,14 @@ def test_a_run_goes_on_and_is_evaluated_where_it_ends(monkeypatch: pytest.Monkey
     assert all(float(row[name]) >= 0 for row in evaluations for name in ("deterministic", "sampled"))
 
 
+@pytest.mark.usefixtures("rendering")
+def test_a_task_from_pixels() -> None:
+    arm = Arm("tiny", {"model_size": "debug"}, 2, None, None)
+    model = ladder.make_model(arm, Job("tiny", "cartpole-swingup-pixels", 0, 1000))
+    assert isinstance(model.observation_space, gym.spaces.Dict)
+    assert [space.shape for space in model.observation_space.values()] == [(3, 64, 64)]
+
+
 def test_table(folder: Path) -> None:
     for seed, level in ((0, 100.0), (1, 200.0)):
         rows = [
@@ -160,6 +169,7 @@ def test_confirmation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("run --arms nothing", "there is no arm 'nothing'; allowed: before"),
         ("run --tasks walker-wlak", "there is no task 'walker-wlak'; allowed: walker-walk"),
         ("one rw10-rate16-correlated walker-walk 0 1000", "rw10-rate16-correlated cannot be run: the numbers behind"),
+        ("one sac walker-walk-pixels 0 1000", "sac cannot be run on walker-walk-pixels; allowed: tasks without -pixels"),
         ("table --at x", "invalid int value"),
     ],
 )

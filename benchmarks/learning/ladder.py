@@ -52,8 +52,10 @@ TASKS = (
     "reacher-hard",
     "finger-spin",
 )
-# That a run can have; settings are chosen on walker-walk, cheetah-run, cartpole-swingup and the last two only
-MORE_TASKS = (*TASKS, "quadruped-walk", "reacher-easy", "ball_in_cup-catch")
+FROM_PIXELS = "-pixels"  # behind a task: pictures of 64x64 instead of numbers
+PIXEL_TASKS = ("cartpole-swingup-pixels", "walker-walk-pixels")
+# That a run can have; settings are chosen on walker-walk, cheetah-run, cartpole-swingup, reacher-easy, ball_in_cup-catch only
+MORE_TASKS = (*TASKS, "quadruped-walk", "reacher-easy", "ball_in_cup-catch", *PIXEL_TASKS)
 EPISODE_FRAMES = 1000  # of every task of dm_control here
 EVALUATION_EPISODES = 10
 LAST_FRAMES = 5_000  # over which a run's return is averaged
@@ -143,7 +145,7 @@ def read_arms() -> dict[str, Arm]:
 
 def make_env(arm: Arm, task: str, seed: int) -> gym.Env:
     """The task; SAC sees its observations as one vector."""
-    env = make_dmc(task, action_repeat=arm.action_repeat, seed=seed)
+    env = make_dmc(task.removesuffix(FROM_PIXELS), task in PIXEL_TASKS, arm.action_repeat, seed=seed)
     return Monitor(FlattenObservation(env) if arm.is_sac else env)
 
 
@@ -373,9 +375,12 @@ def main() -> int:
         command.add_argument("--runs", type=Path, default=Path("runs/ladder"), help="folder of the checkpoints")
     args = parser.parse_args()
     if args.command != "table":
-        for name in args.arms if args.command == "run" else [args.arm]:
+        names, tasks = (args.arms, args.tasks) if args.command == "run" else ([args.arm], [args.task])
+        for name in names:
             if why := arms[name].unavailable:
                 parser.error(f"the arm {name} cannot be run: {why}")
+            if arms[name].is_sac and (pictures := [task for task in tasks if task in PIXEL_TASKS]):
+                parser.error(f"the arm {name} cannot be run on {', '.join(pictures)}; allowed: tasks without {FROM_PIXELS}")
     if args.command == "one":
         th.set_num_threads(1)
         run(Job(args.arm, args.task, args.seed, args.frames), args.runs)
