@@ -49,7 +49,7 @@ def test_an_arm_has_what_its_base_has(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_the_preset_is_an_arm() -> None:
     """``preset("cpu")`` for continuous actions, where its actor_gradient "auto" is "dynamics"."""
     chosen = {**preset("cpu"), "actor_gradient": "dynamics"}
-    settings = ladder.read_arms()["rw10-rate16-explore-normalize"].settings
+    settings = ladder.read_arms()[confirmation.ARM].settings
     assert settings == {key: chosen[key] for key in settings}
     published = {key: value for key, value in chosen.items() if key not in settings}
     assert published.keys() <= {"penalty_fraction", "penalty_schedule", "penalty_min"}
@@ -161,6 +161,13 @@ def test_confirmation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| reacher-hard | 1 | nan | nan |" in reacher and last.startswith("| mean of the eight |  |  |  |")
     confirmation.figure("rw10", [1, 2], published, folder / "new" / "figure.png")
     assert (folder / "new" / "figure.png").stat().st_size > 10_000
+
+
+def test_the_page_opens_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "RESULTS", RESULTS)
+    published = yaml.safe_load(confirmation.PUBLISHED.read_text())
+    table = "\n".join(confirmation.table(confirmation.ARM, confirmation.SEEDS, published))
+    assert table in (Path(__file__).parents[1] / "docs" / "learning.md").read_text()
 
 
 @pytest.mark.parametrize(

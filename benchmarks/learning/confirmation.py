@@ -29,6 +29,8 @@ from sb3_dreamer_gpld.saving import atomic_file
 
 PUBLISHED = Path(__file__).with_name("published.yml")
 FRAMES = 100_000
+ARM = "rw10-rate16-explore-normalize"  # preset("cpu")
+SEEDS = [30, 31, 32]  # that the search never saw
 EPISODES = 5  # over which a curve is averaged
 SAC_PROTOCOLS = {"walker-walk": "p3-walker", "cartpole-swingup": "p3-cartpole"}
 OURS = 'preset("cpu"), each seed'
@@ -130,8 +132,8 @@ def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arms = list(ladder.read_arms())
-    parser.add_argument("--arm", type=ladder.one_of("arm", arms), default="rw10-rate16-explore-normalize")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[30, 31, 32], help="those that the search never saw")
+    parser.add_argument("--arm", type=ladder.one_of("arm", arms), default=ARM)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figure")
     args = parser.parse_args()
     published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
