@@ -27,7 +27,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
-from benchmarks.learning.ladder import MORE_TASKS, PIXEL_TASKS
+from benchmarks.learning.ladder import MORE_TASKS
 from benchmarks.results import read_csv, write_csv
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import make_dmc
@@ -145,7 +145,7 @@ def main() -> int:
     timing.add_argument("--repeats", type=int, default=11)
     episodes = commands.add_parser("returns", help="episodes with each way to act")
     episodes.add_argument("file", type=Path)
-    episodes.add_argument("--task", choices=[task for task in MORE_TASKS if task not in PIXEL_TASKS], required=True)
+    episodes.add_argument("--task", choices=MORE_TASKS, required=True)
     episodes.add_argument("--label", required=True, help='stage of the model in the table, or "stage, kind"')
     episodes.add_argument("--episodes", type=int, default=10)
     episodes.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS))

@@ -84,7 +84,7 @@ def test_every_result_belongs_to_an_arm_and_a_task() -> None:
     arms = ladder.read_arms()
     for path in RESULTS.glob("*/*.csv"):
         assert path.parent.name in arms
-        assert path.stem.removesuffix("_evaluation").rsplit("_", 1)[0] in ladder.MORE_TASKS
+        assert path.stem.removesuffix("_evaluation").rsplit("_", 1)[0] in ladder.EVERY_TASK
 
 
 def test_a_run_goes_on_and_is_evaluated_where_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

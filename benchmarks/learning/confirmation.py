@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from stable_baselines3.common.results_plotter import window_func
 
 from benchmarks.learning import draw, ladder
 from benchmarks.results import read_csv
@@ -83,15 +84,8 @@ def table(arm: str, seeds: Sequence[int], published: dict[str, Any]) -> Iterator
         kind: f"{np.mean(values):.0f}" if len(values) == len(ladder.TASKS) and math.isfinite(sum(values)) else ""
         for kind, values in means.items()
     }
-    cells = ["mean of the eight", "", mean_of["deterministic"], mean_of["sampled"], "", *list(mean_of.values())[2:]]
-    yield f"| {' | '.join(cells)} |"
-
-
-def smooth(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """Frames and mean returns of the last few training episodes."""
-    returns = columns["episode_return"]
-    episodes = min(EPISODES, len(returns))
-    return columns["frames"][episodes - 1 :], np.convolve(returns, np.full(episodes, 1 / episodes), "valid")
+    cells = ["mean of the eight", "", mean_of["deterministic"], mean_of["sampled"], ""]
+    yield f"| {' | '.join([*cells, mean_of['sac'], mean_of['dreamer'], mean_of['td_mpc2']])} |"
 
 
 def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path) -> None:
@@ -103,7 +97,8 @@ def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path
         ours = ladder.results(arm, task, seeds, 1)
         for label, color, runs in ((OURS, "C0", list(ours.values())), ("SAC, each seed", "C1", sac_runs(task))):
             for columns in runs:
-                at, returns = smooth(columns)
+                episodes = min(EPISODES, len(columns["frames"]))
+                at, returns = window_func(columns["frames"], columns["episode_return"], episodes, np.mean)
                 (handles[label],) = axis.plot(at / 1000, returns, color=color, linewidth=1.2)
         for seed in ours:
             for row in read_csv(ladder.Job(arm, task, seed, FRAMES).evaluations):

@@ -52,10 +52,11 @@ TASKS = (
     "reacher-hard",
     "finger-spin",
 )
+# That a run can have; settings are chosen on walker-walk, cheetah-run, cartpole-swingup and the last two only
+MORE_TASKS = (*TASKS, "quadruped-walk", "reacher-easy", "ball_in_cup-catch")
 FROM_PIXELS = "-pixels"  # behind a task: pictures of 64x64 instead of numbers
 PIXEL_TASKS = ("cartpole-swingup-pixels", "walker-walk-pixels")
-# That a run can have; settings are chosen on walker-walk, cheetah-run, cartpole-swingup, reacher-easy, ball_in_cup-catch only
-MORE_TASKS = (*TASKS, "quadruped-walk", "reacher-easy", "ball_in_cup-catch", *PIXEL_TASKS)
+EVERY_TASK = (*MORE_TASKS, *PIXEL_TASKS)
 EPISODE_FRAMES = 1000  # of every task of dm_control here
 EVALUATION_EPISODES = 10
 LAST_FRAMES = 5_000  # over which a run's return is averaged
@@ -355,7 +356,7 @@ def main() -> int:
     show = commands.add_parser("table", help="print the returns of runs that got that far")
     for command in (many, show):
         command.add_argument("--arms", nargs="+", type=one_of("arm", list(arms)), default=runnable)
-        command.add_argument("--tasks", nargs="+", type=one_of("task", MORE_TASKS), default=TASKS)
+        command.add_argument("--tasks", nargs="+", type=one_of("task", EVERY_TASK), default=TASKS)
     many.add_argument("--seeds", nargs="+", type=int, default=[0])
     many.add_argument("--frames", type=int, default=60_000)
     many.add_argument("--workers", type=int, default=2)
@@ -368,7 +369,7 @@ def main() -> int:
         help="of the last training episodes, or of the evaluation there with most probable or sampled actions",
     )
     one.add_argument("arm", type=one_of("arm", list(arms)))
-    one.add_argument("task", type=one_of("task", MORE_TASKS))
+    one.add_argument("task", type=one_of("task", EVERY_TASK))
     one.add_argument("seed", type=int)
     one.add_argument("frames", type=int)
     for command in (many, one):
