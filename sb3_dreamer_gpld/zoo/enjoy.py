@@ -7,6 +7,7 @@ import argparse
 import numpy as np
 from stable_baselines3.common.utils import set_random_seed
 
+from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.trained import TrainedAgent
 
 
@@ -36,10 +37,11 @@ def _steps(text: str) -> int:
     return steps
 
 
-def run(agent: TrainedAgent, options: argparse.Namespace) -> list[float]:
+def run(agent: TrainedAgent, policy: DreamerPolicy, options: argparse.Namespace) -> list[float]:
     """Let an agent act, and print the returns of its episodes.
 
     :param agent: who acts
+    :param policy: of the agent, as it loads it
     :param options: of :func:`parse`
     :return: returns of the episodes that ended
     """
@@ -48,7 +50,7 @@ def run(agent: TrainedAgent, options: argparse.Namespace) -> list[float]:
     recorded = agent.returns[kind]
     mean, std, episodes = (recorded[key] for key in ("mean", "std", "episodes"))
     print(f"{agent.name}, {kind} actions. Recorded: {mean:.1f} +/- {std:.1f}, {episodes} episodes")
-    policy, env = agent.load(), agent.make_env(render_mode=None if options.no_render else "human")
+    env = agent.make_env(render_mode=None if options.no_render else "human")
     set_random_seed(options.seed)
     obs, state, starts, returns, total = env.reset(seed=options.seed)[0], None, True, [], 0.0
     for _ in range(options.n_timesteps):

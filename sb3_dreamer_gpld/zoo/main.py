@@ -150,12 +150,13 @@ def _enjoy_trained(args: list[str]) -> None:
     options = enjoy.parse(args)
     try:
         agent = find_agent(options.trained)
+        policy = agent.load()
     except (FileNotFoundError, ValueError) as error:
         fail(f"--trained {options.trained}: {error}")
     prepare_environment(agent.env, [], rendering=False)
     if not options.no_render and not has_display():
         fail("there is no display to show the agent on: use --no-render")
-    enjoy.run(agent, options)
+    enjoy.run(agent, policy, options)
 
 
 def _record_video(args: list[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_dreamer_gpld.trained import TrainedAgent
+from sb3_dreamer_gpld.trained import FOLDER, TrainedAgent
 from sb3_dreamer_gpld.zoo import enjoy
 from sb3_dreamer_gpld.zoo import main as zoo
 
@@ -49,6 +49,18 @@ def test_wrong_arguments(args: list[str], message: str, folder: Path, monkeypatc
     monkeypatch.setattr(zoo, "has_display", lambda: False)
     with pytest.raises(SystemExit, match=message):
         zoo.main(["enjoy", "--trained", *args])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"PK damaged", "CartPole-v1.pt is no file of .* or a damaged one"), (None, "No such file .*CartPole-v1.pt")],
+)
+def test_an_agent_that_cannot_be_read(content: bytes | None, message: str, folder: Path) -> None:
+    (folder / "agents.yml").write_bytes((FOLDER / "agents.yml").read_bytes())
+    if content is not None:
+        (folder / "CartPole-v1.pt").write_bytes(content)
+    with pytest.raises(SystemExit, match=f"--trained ./CartPole-v1.pt: .*{message}"):
+        zoo.main(["enjoy", "--trained", "./CartPole-v1.pt", "--no-render"])
 
 
 @pytest.mark.parametrize("args", [["-n", "0"], ["--env", "CartPole-v1"], ["--stochastic", "--deterministic"]])
