@@ -26,7 +26,7 @@ import yaml
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld import DreamerGPLD, preset
 from sb3_dreamer_gpld.config import SIZES, ModelConfig
 from sb3_dreamer_gpld.envs import ActionRepeat, register_dm_control
 from sb3_dreamer_gpld.policies import DreamerPolicy
@@ -325,6 +325,15 @@ def test_every_argument_of_the_constructor_is_described() -> None:
         assert (default == "") == (given is inspect.Parameter.empty), name
         assert default == "" or (type(eval(code(default))), eval(code(default))) == (type(given), given), name
         assert meaning and source, name
+
+
+def test_what_the_presets_change_is_described() -> None:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DreamerGPLD).parameters.items()}
+    values = [defaults, {**defaults, **preset("cpu")}, {**defaults, **preset("paper")}]
+    rows = {code(row[0]): [eval(code(cell)) for cell in row[1:]] for row in read_table("parameters.md", "## Presets")}
+    assert rows == {
+        name: [named[name] for named in values] for name in defaults if any(named[name] != defaults[name] for named in values)
+    }
 
 
 def test_every_size_and_constant_is_described() -> None:

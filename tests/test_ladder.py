@@ -17,6 +17,7 @@ from benchmarks.learning import confirmation, draw, ladder  # noqa: E402
 from benchmarks.learning.ladder import Arm, Job  # noqa: E402
 from benchmarks.results import read_csv, write_csv  # noqa: E402
 from sb3_dreamer_gpld import DreamerGPLD, preset  # noqa: E402
+from sb3_dreamer_gpld.presets import CONFIGS, PRESETS  # noqa: E402
 from sb3_dreamer_gpld.zoo.check import check_entry  # noqa: E402
 
 RESULTS = ladder.RESULTS
@@ -55,6 +56,15 @@ def test_the_preset_is_an_arm() -> None:
     assert published.keys() <= {"penalty_fraction", "penalty_schedule", "penalty_min"}
     defaults = inspect.signature(DreamerGPLD).parameters
     assert published == {key: defaults[key].default for key in published}
+
+
+@pytest.mark.parametrize("task", ladder.TASKS)
+def test_the_command_line_trains_the_eight_tasks_as_long_as_the_ladder(task: str) -> None:
+    env_id = f"dm_control/{task}-v0"
+    entry = yaml.safe_load((CONFIGS / PRESETS["cpu"]).read_text())[env_id]
+    assert entry["n_timesteps"] * ladder.read_arms()[confirmation.ARM].action_repeat == confirmation.FRAMES
+    assert entry["env_wrapper"] == [{"sb3_dreamer_gpld.envs.ActionRepeat": {"repeat": 2}}]
+    assert preset("cpu", env_id) == preset("cpu")
 
 
 def test_rates_and_noise_that_fall() -> None:

@@ -25,7 +25,7 @@ def sample_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_a
     """
     return convert_params(
         {
-            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 3e-3, log=True),
             "train_ratio_pow": trial.suggest_int("train_ratio_pow", 5, 9),
             "batch_length_pow": trial.suggest_int("batch_length_pow", 4, 6),
             "imagination_horizon": trial.suggest_int("imagination_horizon", 5, 30, step=5),
