@@ -230,7 +230,7 @@ def image_targets(
     for key in keys:
         x = observations[key.name].reshape(*batch, *observations[key.name].shape[-3:]).to(dtype) / key.scale
         parts.append(x.movedim(-3, -1) if key.channels_first else x)
-    return th.cat(parts, -1)
+    return parts[0] if len(parts) == 1 else th.cat(parts, -1)
 
 
 class ImageEncoder(nn.Module):
@@ -246,7 +246,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, channels: int, height: int, width: int, config: ModelConfig) -> None:
         super().__init__()
         depths = [channels, *(config.depth * m for m in IMAGE_STAGES)]
-        self.convs = nn.ModuleList(conv(a, b, config.kernel) for a, b in zip(depths[:-1], depths[1:], strict=True))
+        self.convs = nn.ModuleList(Conv(a, b, config.kernel) for a, b in zip(depths[:-1], depths[1:], strict=True))
         self.norms = nn.ModuleList(NormSiLU(depth) for depth in depths[1:])
         self.size = smallest_side(height) * smallest_side(width) * depths[-1]
         self.project = None if config.image_features is None else NormedLinear(self.size, config.image_features)
@@ -289,9 +289,9 @@ class ImageDecoder(nn.Module):
         self.stoch_grid = Linear(2 * config.units, cells)
         self.grid_norm = NormSiLU(self.grid[2])
         inner = [self.grid[2], *reversed(depths[1:])]
-        self.convs = nn.ModuleList(conv(a, b, config.kernel) for a, b in zip(inner[:-1], inner[1:], strict=True))
+        self.convs = nn.ModuleList(UpConv(a, b, config.kernel) for a, b in zip(inner[:-1], inner[1:], strict=True))
         self.norms = nn.ModuleList(NormSiLU(depth) for depth in inner[1:])
-        self.image = conv(inner[-1], channels, config.kernel)
+        self.image = UpConv(inner[-1], channels, config.kernel)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """:param deter: (N, D)
@@ -304,22 +304,56 @@ class ImageDecoder(nn.Module):
         x = x + self.stoch_grid(self.stoch_in(stoch)).view(-1, height, width, depth)
         x = self.grid_norm(x)
         for layer, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(self._upsample(x, layer))
-        return th.sigmoid(at_least_float32(self._upsample(x, self.image))[:, : self.height, : self.width])
+            x = norm(layer(x))
+        return th.sigmoid(at_least_float32(self.image(x))[:, : self.height, : self.width])
+
+
+class Conv(nn.Conv2d):
+    """Convolution that keeps the size, with the published initialisation.
+
+    :param inputs, outputs: channels
+    :param kernel: side, odd
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2)
+        self.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+
+    def reset_parameters(self) -> None:
+        initialize_(self.weight, self.in_channels * self.kernel_size[0] ** 2)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+
+class UpConv(Conv):
+    """Every pixel made four of (nearest neighbour), and then the convolution; computed on the image before it has grown.
+
+    The four pixels that one pixel becomes are equal, so each of the four results that lie there is a convolution of the small
+    image whose weights are sums of those that fall on one pixel. For a kernel of 5 these are kernels of 3: 36 products in
+    place of 100.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """:param x: (N, height, width, inputs)
+        :return: (N, 2·height, 2·width, outputs)
+        """
+        weight = self._sums(self._sums(self.weight).movedim(2, 4))  # (outputs, inputs, 2, s, 2, s): of columns, of rows
+        side = weight.shape[-1]
+        weight = weight.permute(4, 2, 0, 1, 5, 3).reshape(-1, self.in_channels, side, side)  # (2·2·outputs, inputs, s, s)
+        weight = weight.contiguous(memory_format=th.channels_last)
+        assert self.bias is not None
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat(4), padding=side // 2).permute(0, 2, 3, 1)
+        n, height, width, _ = y.shape
+        y = y.reshape(n, height, width, 2, 2, self.out_channels).transpose(2, 3)  # (N, height, 2, width, 2, outputs)
+        return y.reshape(n, 2 * height, 2 * width, self.out_channels)
 
     @staticmethod
-    def _upsample(x: Tensor, layer: nn.Module) -> Tensor:
-        """(N, height, width, in) → (N, 2·height, 2·width, out)"""
-        x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0, mode="nearest")
-        return layer(x).permute(0, 2, 3, 1)
-
-
-def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
-    """Convolution that keeps the size, with the published initialisation."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-    initialize_(layer.weight, inputs * kernel * kernel)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return layer.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+    def _sums(weight: Tensor) -> Tensor:
+        """Weights that fall on the same pixel: (..., kernel) → (..., 2, s), for the first and the second pixel of two."""
+        kernel = weight.shape[-1]
+        side = 2 * ((kernel + 1) // 4) + 1
+        first = side - 1 - kernel // 2  # of 2 s places, where the leftmost weight lies for the first pixel
+        places = [F.pad(weight, (first + second, 2 * side - kernel - first - second)) for second in (0, 1)]
+        return th.stack(places, -2).unflatten(-1, (side, 2)).sum(-1)
 
 
 def smallest_side(pixels: int) -> int:
