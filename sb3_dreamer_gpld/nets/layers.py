@@ -332,28 +332,29 @@ class UpConv(Conv):
     place of 100.
     """
 
+    taps: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel)
+        self.to(memory_format=th.contiguous_format)  # type: ignore[call-overload]
+        self.side = 2 * ((kernel + 1) // 4) + 1  # s, of the small image's kernels
+        # In one direction: weight k of the kernel of the first (0) or second (1) of two pixels falls on place (·)//2 of s
+        places = (th.arange(kernel) + self.side - 1 - kernel // 2 + th.arange(2)[:, None]) // 2  # (2, kernel)
+        one = F.one_hot(places, self.side).float()  # (2, kernel, s)
+        taps = th.einsum("pka,qlb->klpqab", one, one)
+        self.register_buffer("taps", taps.reshape(kernel**2, 4 * self.side**2), persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """:param x: (N, height, width, inputs)
         :return: (N, 2·height, 2·width, outputs)
         """
-        weight = self._sums(self._sums(self.weight).movedim(2, 4))  # (outputs, inputs, 2, s, 2, s): of columns, of rows
-        side = weight.shape[-1]
-        weight = weight.permute(4, 2, 0, 1, 5, 3).reshape(-1, self.in_channels, side, side)  # (2·2·outputs, inputs, s, s)
-        weight = weight.contiguous(memory_format=th.channels_last)
         assert self.bias is not None
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat(4), padding=side // 2).permute(0, 2, 3, 1)
-        n, height, width, _ = y.shape
-        y = y.reshape(n, height, width, 2, 2, self.out_channels).transpose(2, 3)  # (N, height, 2, width, 2, outputs)
-        return y.reshape(n, 2 * height, 2 * width, self.out_channels)
-
-    @staticmethod
-    def _sums(weight: Tensor) -> Tensor:
-        """Weights that fall on the same pixel: (..., kernel) → (..., 2, s), for the first and the second pixel of two."""
-        kernel = weight.shape[-1]
-        side = 2 * ((kernel + 1) // 4) + 1
-        first = side - 1 - kernel // 2  # of 2 s places, where the leftmost weight lies for the first pixel
-        places = [F.pad(weight, (first + second, 2 * side - kernel - first - second)) for second in (0, 1)]
-        return th.stack(places, -2).unflatten(-1, (side, 2)).sum(-1)
+        sums = self.weight.flatten(2) @ self.taps  # (outputs, inputs, 2·2·s·s)
+        weight = sums.unflatten(-1, (2, 2, self.side, self.side)).permute(2, 3, 0, 4, 5, 1).flatten(0, 2)
+        weight = weight.permute(0, 3, 1, 2)  # (2·2·outputs, inputs, s, s), channels last in memory
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat(4), 1, self.side // 2)
+        y = y.permute(0, 2, 3, 1).unflatten(-1, (2, 2, self.out_channels))  # (N, height, width, 2, 2, outputs)
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def smallest_side(pixels: int) -> int:
