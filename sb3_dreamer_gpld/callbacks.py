@@ -71,10 +71,17 @@ class SaveRunCallback(BaseCallback):
         assert isinstance(model, ResumableAlgorithm) and model._last_episode_starts is not None
         between = model.processes.sums([float(model._last_episode_starts.all())])[0] == model.processes.size
         if between or model.num_timesteps >= self._due + self.every:
-            file = model.save_run(self.folder)
+            file = self.save(model)
             self._due = model.num_timesteps + self.every
             if self.verbose >= 1 and model.processes.is_first:
                 print(f"Saved the run as {file}")
+
+    def save(self, model: ResumableAlgorithm) -> Path:
+        """
+        :param model: what is trained
+        :return: its file
+        """
+        return model.save_run(self.folder)
 
     def _on_step(self) -> bool:
         return True

@@ -475,7 +475,7 @@ class DreamerGPLD(ResumableAlgorithm):
         if self.processes.size > 1:
             check_environments(self)
             self.processes.copy_from_first([*self.policy.state_dict().values()])
-        with naming_environments(self):
+        with naming_environments(self), self._first_observations():
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
@@ -585,13 +585,15 @@ class DreamerGPLD(ResumableAlgorithm):
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
         assert self.replay_buffer is not None
+        capacity = self.replay_buffer.buffer_size * self.n_envs * self.processes.size  # rows of all environments
+        stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
+        if stored <= min(self.learning_starts, capacity - 1):
+            return 0
         if self.gradient_steps is not None:
             if self.num_timesteps <= self.learning_starts:
                 return 0
             return self.gradient_steps if self.gradient_steps >= 0 else steps * self.processes.size
-        capacity = self.replay_buffer.buffer_size * self.n_envs * self.processes.size  # rows of all environments
-        stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
-        if stored <= min(self.learning_starts, capacity - 1) or ready < self.processes.size:
+        if ready < self.processes.size:
             return 0
         return self.update_ratio.due(steps * self.processes.size, self.train_ratio, self.batch_size * self.batch_length)
 

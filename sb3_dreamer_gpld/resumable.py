@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,9 @@ from sb3_dreamer_gpld.parallel import ALONE, Processes, current
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
 
-STATISTICS = ("obs_rms", "ret_rms", "returns")  # of VecNormalize
+STATISTICS = ("obs_rms", "ret_rms", "returns")  # of VecNormalize, which has only those that it uses
+# What save_run writes, and what a process that was killed in it left behind
+RUN_FILE = re.compile(r"\.?run_(\d+)_steps(_vecnormalize|_monitors)?(\.rank\d+)?\.(zip|pkl|pt|json)(\.part)?")
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ResumableAlgorithm")
 
@@ -75,6 +79,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.format_version = FORMAT_VERSION
         self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
         self._missing_share: Path | None = None  # of a loaded run: this process's file, if it is not there
+        self._counted_first = False  # of a loaded run: VecNormalize's statistics have the observations that it starts from
         self._saved: list[tuple[str, Any]] = []  # by the first process, and not yet by the others: method and path
 
     def save(
@@ -163,7 +168,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfAlgorithm:
         """Load a model. With ``load_replay_buffer`` and ``learn(..., reset_num_timesteps=False)`` a run saved at an
-        episode's end goes on bit for bit as if it had not stopped.
+        episode's end goes on bit for bit as if it had not stopped (``compile="auto"`` looks at the steps that are left, and
+        may compile one of the two and not the other).
 
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
 
@@ -193,14 +199,15 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         normalize = self.get_vec_normalize_env()
         if normalize is not None:
             with atomic_file(_statistics_of_run(file)) as statistics:
-                pickle.dump({name: getattr(normalize, name) for name in STATISTICS}, statistics)
+                pickle.dump({name: getattr(normalize, name) for name in STATISTICS if hasattr(normalize, name)}, statistics)
         self.save(file)
         self._saved = told
-        others = [other for other in _saved_runs(folder) if other != file]
-        self.processes.sums([0.0])  # nobody removes before all files are there, and all have seen what there was
-        for other in others:
-            for part in (*_files_of_run(other, self.processes), _statistics_of_run(other)):
-                part.unlink(missing_ok=True)
+        self.processes.sums([0.0])  # nothing is removed before all files are there
+        for other in list(folder.iterdir()):
+            found = RUN_FILE.fullmatch(other.name)
+            if found and (int(found[1]) != self.num_timesteps or other.suffix == ".part"):
+                other.unlink(missing_ok=True)
+        self.processes.sums([0.0])  # and nobody writes the next ones before
         return file
 
     @classmethod
@@ -229,6 +236,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 if normalize is not None:
                     for name, value in pickle.loads(_statistics_of_run(file).read_bytes()).items():
                         setattr(normalize, name, value)
+                    model._counted_first = True
                 return model
         if processes.sums([missing is not None])[0]:
             raise FileNotFoundError(
@@ -237,8 +245,22 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             )
         return None
 
+    @contextlib.contextmanager
+    def _first_observations(self) -> Iterator[None]:
+        """Within, environments are reset for :meth:`learn`. VecNormalize does not count observations that it has counted."""
+        normalize = self.get_vec_normalize_env() if self._counted_first else None
+        self._counted_first = False
+        training = normalize is not None and normalize.training
+        try:
+            if normalize is not None:
+                normalize.training = False
+            yield
+        finally:
+            if normalize is not None:
+                normalize.training = training
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share"]
+        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share", "_counted_first"]
 
     def set_parameters(
         self,
@@ -297,7 +319,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
 
         The rows then lie where those of the present buffer do (``storage``), wherever they lay when they were saved, and are
-        drawn as its are (``recency``).
+        drawn as its are (``batch_length``, ``recency``).
 
         :param path: a file of :meth:`save_replay_buffer`
         :param truncate_last_traj: for SB3's HER buffer; without effect here
@@ -333,4 +355,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
         if present is not None:
             loaded.storage, loaded.recency = present.storage, present.recency
+            if loaded.batch_length != present.batch_length:  # load was given another one
+                loaded.batch_length = loaded.windows.batch_length = present.batch_length
+                loaded.windows.reset()
         self.replay_buffer = loaded

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1  # of model files; raise it when older code could not read a 
 
 # Modules of the policy that can be loaded alone, by the names that users know them by.
 MODULES = {
-    "encoder": ("world_model.encoder",),
+    "encoder": ("world_model.encoder", "world_model.normalizer"),  # with the units of what it sees
     "rssm": ("world_model.rssm",),
     "decoder": ("world_model.vector_decoder", "world_model.image_decoders"),
     "projector": ("world_model.projector",),

@@ -291,6 +291,18 @@ def test_compiled_functions_are_left_out_and_put_back(model: DreamerGPLD) -> Non
         runner.compiled = False
 
 
+def test_spectral_norms_are_as_they_were() -> None:
+    """Their vectors move with each call in training, and a policy is in that mode after ``learn``."""
+    policy = tiny(Counter(), policy_kwargs={"spectral_norm": ["posterior", "actor"]}).learn(30).policy
+    policy.set_training_mode(True)
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with diagnostics.undisturbed(policy, 0):
+        diagnostics.posterior_probabilities(policy, th.cat(inputs(policy), -1))
+    assert policy.training and all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    diagnostics.posterior_probabilities(policy, th.cat(inputs(policy), -1))
+    assert not all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+
+
 def of_actions(actions: np.ndarray, first: list[int]) -> diagnostics.ActionSmoothness:
     """Of windows (B, T, A), with an episode's start at the flattened steps ``first``."""
     batch = diagnostics_batch(actions)

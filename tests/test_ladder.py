@@ -113,6 +113,11 @@ def test_a_run_goes_on_and_is_evaluated_where_it_ends(monkeypatch: pytest.Monkey
     evaluations = read_csv(job.evaluations)
     assert [row["frames"] for row in evaluations] == ["2000", "3000"]
     assert all(float(row[name]) >= 0 for row in evaluations for name in ("deterministic", "sampled"))
+    with pytest.raises(
+        FileNotFoundError, match="has a run of 3000 frames, and its checkpoint in .* is missing.*Allowed: another"
+    ):
+        ladder.run(job._replace(frames=4000), tmp_path / "elsewhere")
+    assert read_csv(job.file) == rows
 
 
 @pytest.mark.usefixtures("rendering")

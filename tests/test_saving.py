@@ -376,6 +376,28 @@ def _actions(trained: DreamerGPLD) -> np.ndarray:
     return np.stack(actions)
 
 
+def test_another_batch_length_holds_for_the_rows_of_before(tmp_path: Path) -> None:
+    trained = model().learn(60)
+    trained.save(tmp_path / "model")
+    trained.save_replay_buffer(tmp_path / "buffer")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu", batch_length=3)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded.replay_buffer is not None and trained.batch_length != 3
+    assert loaded.replay_buffer.sample(2).rewards.shape == (2, 3)
+    loaded.learn(10, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("settings", [dict(train_ratio=8), dict(gradient_steps=1)])
+def test_updates_wait_for_new_rows_where_the_old_ones_are_lost(settings: dict[str, Any], tmp_path: Path) -> None:
+    trained = model(learning_starts=40, **settings).learn(60)
+    trained.save(tmp_path / "model")
+    loaded = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu")
+    with pytest.warns(UserWarning, match="updates go on after 40 new steps"):
+        loaded.learn(35, reset_num_timesteps=False)
+    assert loaded._n_updates == trained._n_updates > 0
+    assert loaded.learn(15, reset_num_timesteps=False)._n_updates > trained._n_updates
+
+
 # ---------------------------------------------------------------------------------------------- warm starts
 
 
@@ -394,6 +416,18 @@ def test_load_modules(tmp_path: Path) -> None:
         if name not in ("actor_critic.percentiles", "actor_critic.ent_coef_rise"):
             assert th.equal(fresh.policy.state_dict()[name], tensor), name
     fresh.learn(60)
+
+
+def test_an_encoder_brings_the_units_of_what_it_sees(tmp_path: Path) -> None:
+    normalized: dict[str, Any] = dict(policy_kwargs={"normalize_vectors": True})
+    trained = model(seed=1, **normalized).learn(60)
+    trained.save(tmp_path / "model")
+    fresh = model(seed=2, **normalized)
+    fresh.load_modules(tmp_path / "model", ["encoder"])
+    ours, theirs = fresh.policy.world_model.normalizer.state_dict(), trained.policy.world_model.normalizer.state_dict()
+    assert theirs.keys() == ours.keys() and all(th.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match=r"world_model.normalizer.\w+ is only in the file.*Nothing was loaded"):
+        model().load_modules(tmp_path / "model", ["encoder"])
 
 
 def test_load_modules_that_do_not_fit(tmp_path: Path) -> None:

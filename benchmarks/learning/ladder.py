@@ -193,6 +193,12 @@ def run(job: Job, folder: Path) -> None:
         assert model.env is not None
         model.env.seed(1000 * job.seed + model.num_timesteps)  # not the first episode's start again
     else:
+        if known := read_csv(job.file):
+            raise FileNotFoundError(
+                f"{job.file} has a run of {known[-1]['frames']} frames, and its checkpoint in {checkpoint.parent} is missing: "
+                "from the start it would be another run, which would take the place of that one. Allowed: another seed, the "
+                "folder of its checkpoint (--runs), or without that file"
+            )
         model = make_model(arm, job)
     frames = arm.action_repeat * model.num_timesteps
     rows = rows_until(job.file, frames)
@@ -208,9 +214,9 @@ def run(job: Job, folder: Path) -> None:
         rows.append(row(model, frames, seconds, log.values))
         if len(rows) % EPISODES_PER_SAVE == 0 or frames >= job.frames:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(job.file, rows, DIGITS)  # first: rows that are too new are left out when the run goes on
             model.save_replay_buffer(buffer_file)
             model.save(checkpoint)
-            write_csv(job.file, rows, DIGITS)
     evaluate(model, arm, job, frames)
 
 

@@ -33,14 +33,20 @@ CHUNK_STATES = 64  # states whose exact Jacobian norms are computed together: it
 
 @contextmanager
 def undisturbed(policy: DreamerPolicy, seed: int) -> Iterator[None]:
-    """Measure without a trace: no gradient, random numbers of one's own, and none of the training's compiled functions.
+    """Measure without a trace: no gradient, random numbers of one's own, none of the training's compiled functions, and
+    nothing that moves with each call in training (the vectors of spectral norms).
 
     :param policy: what is measured
     :param seed: of the random numbers inside the block; the generators go on afterwards as if it had not been
     """
+    training = policy.training
     with plain_steps(policy), th.no_grad(), th.random.fork_rng(range(th.cuda.device_count())):
         th.manual_seed(seed)
-        yield
+        policy.set_training_mode(False)
+        try:
+            yield
+        finally:
+            policy.set_training_mode(training)
 
 
 def replay_windows(model: DreamerGPLD, count: int, generator: np.random.Generator) -> Batch:

@@ -25,7 +25,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.resumable import steps_saved
+from sb3_dreamer_gpld.resumable import ResumableAlgorithm, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
 
@@ -33,6 +33,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+MONITORS = "*.monitor.csv"  # files in the folder of a run, one for each environment
 
 
 class Experiment(ExperimentManager):
@@ -125,13 +127,14 @@ class Experiment(ExperimentManager):
         else:
             self.callbacks = callbacks_of_all(self.callbacks)
         if self.every is not None:
-            self.callbacks.append(SaveRunCallback(self.save_path, self.every))
+            self.callbacks.append(SaveMonitoredRun(self.save_path, self.every))
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         if not eval_env:
             if self.saved and self.processes.is_first:
-                for file in Path(self.save_path).glob("*.monitor.csv"):
-                    rewind_monitor(file, self.saved // n_envs)
+                episodes = monitored_episodes(Path(self.save_path), self.saved)
+                for file in Path(self.save_path).glob(MONITORS):
+                    rewind_monitor(file, episodes.get(file.name))
             n_envs = self.processes.share("n_envs", n_envs)
         return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
 
@@ -174,20 +177,41 @@ def goes_on(folder: str | None, every: int | None) -> Iterator[None]:
         yield
 
 
-def rewind_monitor(file: Path, steps: int) -> None:
+class SaveMonitoredRun(SaveRunCallback):
+    """Saves beside the run how many episodes the files of its Monitors have."""
+
+    def save(self, model: ResumableAlgorithm) -> Path:
+        if model.processes.is_first:
+            episodes = {file.name: len(file.read_text().splitlines()) - 2 for file in self.folder.glob(MONITORS)}
+            with atomic_file(episodes_file(self.folder, model.num_timesteps)) as file:
+                file.write(json.dumps(episodes).encode())
+        return super().save(model)
+
+
+def episodes_file(folder: Path, steps: int) -> Path:
+    """Where the episodes of the Monitors are saved with a run, after some environment steps."""
+    return folder / f"run_{steps}_steps_monitors.json"
+
+
+def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:
+    """What the Monitors' files had when the run was saved after some environment steps, by name; empty if it is not known."""
+    file = episodes_file(folder, steps)
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def rewind_monitor(file: Path, episodes: int | None) -> None:
     """Take episodes that will be made again out of the file of a Monitor, and count time from now.
 
     :param file: of one environment
-    :param steps: of that environment that the saved run has made
+    :param episodes: that it had when the run was saved; None: all stay
     """
     header, names, *rows = file.read_text().splitlines()
     settings, now = json.loads(header.removeprefix("#")), time.time()
-    shift, made, kept = now - settings["t_start"], 0, []
-    for row in rows:
+    shift, kept = now - settings["t_start"], []
+    for row in rows[:episodes]:
         values = row.split(",")
-        if len(values) < 3 or made + int(values[1]) > steps:
+        if len(values) < 3:  # the process was killed while it wrote
             break
-        made += int(values[1])
         values[2] = f"{float(values[2]) - shift:.6f}"
         kept.append(",".join(values))
     with atomic_file(file) as rewound:

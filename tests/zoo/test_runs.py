@@ -22,10 +22,17 @@ from stable_baselines3.common.callbacks import EvalCallback  # noqa: E402
 from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
+from test_saving import Clock, assert_same  # noqa: E402
 
 from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
 from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
-from sb3_dreamer_gpld.zoo.runs import lock, restore_evaluations, rewind_monitor  # noqa: E402
+from sb3_dreamer_gpld.zoo.runs import (  # noqa: E402
+    SaveMonitoredRun,
+    lock,
+    monitored_episodes,
+    restore_evaluations,
+    rewind_monitor,
+)
 from sb3_dreamer_gpld.zoo.sweep import SweepRun  # noqa: E402
 
 SETTINGS: dict[str, Any] = dict(
@@ -224,7 +231,7 @@ def test_the_progress_of_a_run(tmp_path: Path) -> None:
 def test_episodes_that_are_made_again_leave_the_monitors_file(tmp_path: Path) -> None:
     file, start = tmp_path / "0.monitor.csv", time.time() - 100.0
     file.write_text(f'#{{"t_start": {start}, "env_id": "x"}}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n3.0,200,30.0\n4.0,2')
-    rewind_monitor(file, 450)
+    rewind_monitor(file, 2)
     results = load_results(str(tmp_path))
     assert results["r"].tolist() == [1.0, 2.0] and results["l"].tolist() == [200, 200]
     monitor = Monitor(RandomSpaces(BOX, BOX), str(tmp_path / "0"), override_existing=False)
@@ -235,6 +242,65 @@ def test_episodes_that_are_made_again_leave_the_monitors_file(tmp_path: Path) ->
     results = load_results(str(tmp_path))
     assert results["r"].tolist() == [1.0, 2.0, 10.0]
     assert np.allclose(results["t"] - results["t"][0], [0.0, 10.0, 90.0], atol=5.0)
+
+
+def test_all_whole_episodes_stay_where_it_is_not_known_what_was_saved(tmp_path: Path) -> None:
+    file = tmp_path / "0.monitor.csv"
+    file.write_text('#{"t_start": 1.0}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n3.0,2')
+    rewind_monitor(file, None)
+    assert load_results(str(tmp_path))["r"].tolist() == [1.0, 2.0]
+
+
+def test_a_run_knows_how_many_episodes_its_monitors_had(tmp_path: Path) -> None:
+    """However long these are in the Monitor's own count, and wherever the run was cut."""
+    env = Monitor(RandomSpaces(BOX, BOX), str(tmp_path / "0"))  # episodes of 10 steps
+    tiny(env).learn(47, callback=SaveMonitoredRun(tmp_path, every=15))
+    assert len(load_results(str(tmp_path))) == 4
+    assert sorted(path.name for path in tmp_path.glob("run*")) == [
+        "run_40_steps.pkl", "run_40_steps.zip", "run_40_steps_monitors.json"
+    ]  # fmt: skip
+    assert monitored_episodes(tmp_path, 40) == {"0.monitor.csv": 4} and monitored_episodes(tmp_path, 20) == {}
+
+
+def test_a_run_that_was_killed_while_it_was_saved_leaves_nothing_behind(tmp_path: Path) -> None:
+    left = [".run_30_steps.pkl.part", ".run_30_steps.zip.part", "run_20_steps.pkl", "run_20_steps_vecnormalize.pkl"]
+    mine = ["run_5_steps_of_mine.zip", "best_model.zip"]
+    for name in (*left, *mine):
+        (tmp_path / name).touch()
+    tiny(RandomSpaces(BOX, BOX)).learn(10).save_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run_10_steps.pkl", "run_10_steps.zip", *mine}
+
+
+def test_a_run_with_normalized_rewards_alone(tmp_path: Path) -> None:
+    def make() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)]), norm_obs=False)
+
+    model = tiny(make(), "MlpPolicy").learn(40)
+    model.save_run(tmp_path)
+    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
+    assert loaded is not None
+    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
+    assert ours is not None and theirs is not None and theirs.ret_rms.count > 40
+    assert ours.ret_rms.count == theirs.ret_rms.count and ours.ret_rms.var == theirs.ret_rms.var
+
+
+def test_a_run_with_vec_normalize_goes_on_exactly(tmp_path: Path) -> None:
+    """Its statistics do not count the first observation of an episode twice."""
+
+    def make() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([Clock]))
+
+    model = tiny(make(), "MlpPolicy").learn(40)  # two episodes
+    model.save_run(tmp_path)
+    model.learn(40, reset_num_timesteps=False)
+    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
+    assert loaded is not None
+    loaded.learn(40, reset_num_timesteps=False)
+    assert_same(model, loaded)
+    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
+    assert ours is not None and theirs is not None and ours.training
+    assert ours.obs_rms.count == theirs.obs_rms.count and np.array_equal(ours.obs_rms.var, theirs.obs_rms.var)
+    assert ours.ret_rms.var == theirs.ret_rms.var
 
 
 def test_statistics_of_vec_normalize_are_part_of_a_run(tmp_path: Path) -> None:
