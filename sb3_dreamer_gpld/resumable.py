@@ -41,6 +41,14 @@ def share_of(path: Any, suffix: str, processes: Processes, own_suffix: str | Non
     return path.with_name(f"{path.stem}.rank{processes.rank}.{own_suffix or path.suffix[1:]}")
 
 
+def run_file(folder: Path, steps: int, kind: str = ".zip") -> Path:
+    """A file of the run that was saved after some environment steps; :data:`RUN_FILE` knows its kinds.
+
+    :param kind: what its name ends with, such as "_monitors.json"
+    """
+    return folder / f"run_{steps}_steps{kind}"
+
+
 def _saved_runs(folder: Path) -> list[Path]:
     """Model files of :meth:`ResumableAlgorithm.save_run`."""
     return [file for file in folder.glob("run_*_steps.zip") if file.stem[4:-6].isdigit()]
@@ -194,7 +202,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if self.processes.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         self.processes.sums([0.0])  # nobody writes before the folder is there
-        file = folder / f"run_{self.num_timesteps}_steps.zip"
+        file = run_file(folder, self.num_timesteps)
         self.save_replay_buffer(file.with_suffix(".pkl"))
         normalize = self.get_vec_normalize_env()
         if normalize is not None:
@@ -250,14 +258,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """Within, environments are reset for :meth:`learn`. VecNormalize does not count observations that it has counted."""
         normalize = self.get_vec_normalize_env() if self._counted_first else None
         self._counted_first = False
-        training = normalize is not None and normalize.training
+        if normalize is None or not normalize.training:
+            yield
+            return
+        normalize.training = False
         try:
-            if normalize is not None:
-                normalize.training = False
             yield
         finally:
-            if normalize is not None:
-                normalize.training = training
+            normalize.training = True
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share", "_counted_first"]

@@ -25,7 +25,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.resumable import ResumableAlgorithm, steps_saved
+from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
 
@@ -190,7 +190,7 @@ class SaveMonitoredRun(SaveRunCallback):
 
 def episodes_file(folder: Path, steps: int) -> Path:
     """Where the episodes of the Monitors are saved with a run, after some environment steps."""
-    return folder / f"run_{steps}_steps_monitors.json"
+    return run_file(folder, steps, "_monitors.json")
 
 
 def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:

@@ -271,51 +271,45 @@ def test_a_run_that_was_killed_while_it_was_saved_leaves_nothing_behind(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"run_10_steps.pkl", "run_10_steps.zip", *mine}
 
 
-def test_a_run_with_normalized_rewards_alone(tmp_path: Path) -> None:
-    def make() -> VecNormalize:
-        return VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)]), norm_obs=False)
+def normalized(**kwargs: Any) -> VecNormalize:
+    """Environments with episodes of 20 steps.
 
-    model = tiny(make(), "MlpPolicy").learn(40)
+    :param kwargs: of VecNormalize
+    """
+    return VecNormalize(DummyVecEnv([Clock]), **kwargs)
+
+
+def statistics(model: DreamerGPLD) -> VecNormalize:
+    found = model.get_vec_normalize_env()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name, kwargs", [("obs_rms", {}), ("ret_rms", {"norm_obs": False})])
+def test_statistics_of_vec_normalize_are_part_of_a_run(name: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(normalized(**kwargs), "MlpPolicy").learn(40)
     model.save_run(tmp_path)
-    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
+    loaded = DreamerGPLD.load_run(tmp_path, normalized(**kwargs), device="cpu")
     assert loaded is not None
-    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
-    assert ours is not None and theirs is not None and theirs.ret_rms.count > 40
-    assert ours.ret_rms.count == theirs.ret_rms.count and ours.ret_rms.var == theirs.ret_rms.var
+    ours, theirs = getattr(statistics(loaded), name), getattr(statistics(model), name)
+    assert theirs.count > 40 and ours.count == theirs.count
+    assert np.array_equal(ours.mean, theirs.mean) and np.array_equal(ours.var, theirs.var)
+    model.learn(10, reset_num_timesteps=False).save_run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_run_with_vec_normalize_goes_on_exactly(tmp_path: Path) -> None:
     """Its statistics do not count the first observation of an episode twice."""
-
-    def make() -> VecNormalize:
-        return VecNormalize(DummyVecEnv([Clock]))
-
-    model = tiny(make(), "MlpPolicy").learn(40)  # two episodes
+    model = tiny(normalized(), "MlpPolicy").learn(40)  # two episodes
     model.save_run(tmp_path)
     model.learn(40, reset_num_timesteps=False)
-    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
+    loaded = DreamerGPLD.load_run(tmp_path, normalized(), device="cpu")
     assert loaded is not None
     loaded.learn(40, reset_num_timesteps=False)
     assert_same(model, loaded)
-    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
-    assert ours is not None and theirs is not None and ours.training
-    assert ours.obs_rms.count == theirs.obs_rms.count and np.array_equal(ours.obs_rms.var, theirs.obs_rms.var)
-    assert ours.ret_rms.var == theirs.ret_rms.var
-
-
-def test_statistics_of_vec_normalize_are_part_of_a_run(tmp_path: Path) -> None:
-    def make() -> VecNormalize:
-        return VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)]))
-
-    model = tiny(make(), "MlpPolicy").learn(40)
-    model.save_run(tmp_path)
-    loaded = DreamerGPLD.load_run(tmp_path, make(), device="cpu")
-    assert loaded is not None
-    ours, theirs = loaded.get_vec_normalize_env(), model.get_vec_normalize_env()
-    assert ours is not None and theirs is not None and theirs.obs_rms.count > 40
-    assert ours.obs_rms.count == theirs.obs_rms.count and np.array_equal(ours.obs_rms.mean, theirs.obs_rms.mean)
-    model.learn(10, reset_num_timesteps=False).save_run(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    ours, theirs = statistics(loaded), statistics(model)
+    assert ours.training and ours.obs_rms.count == theirs.obs_rms.count
+    assert np.array_equal(ours.obs_rms.var, theirs.obs_rms.var) and ours.ret_rms.var == theirs.ret_rms.var
 
 
 def test_the_callback_is_for_this_algorithm(tmp_path: Path) -> None:
