@@ -96,11 +96,11 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
             losses.append({"frames": frames, **{key: metrics[key] for key in sorted(metrics)}})
         print(f"{stem}: {frames} frames, return {ended['r']:.1f}, {seconds:.0f} s", flush=True)
         if len(returns) % EPISODES_PER_SAVE == 0 or model.num_timesteps >= steps:
-            model.save_replay_buffer(buffer_file)
-            model.save(checkpoint)
-            write_csv(returns_file, returns, DIGITS)
+            write_csv(returns_file, returns, DIGITS)  # first: rows that are too new are left out when the run goes on
             if losses:
                 write_csv(losses_file, losses, DIGITS)
+            model.save_replay_buffer(buffer_file)
+            model.save(checkpoint)
 
 
 def finished(name: str, protocol: Protocol, arm: str, seed: int) -> bool:
