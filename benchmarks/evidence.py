@@ -5,15 +5,17 @@ Usage: python -m benchmarks.evidence run [--workers 2] [--runs runs/evidence] [-
 
 Arms are the four of ``ARMS`` (``learning/arms.yml`` has their settings), the same tasks and seeds in each. A block is one task
 and one seed in all arms: its runs are made side by side, each goes on where it was stopped, and their models are then measured
-on the same episodes, two of each of them. ``run`` makes the missing blocks, those of the first seed first; ``--blocks``
-ends it after so many. Results are added to ``learning/ladder/ARM``: the training episodes, the evaluation at the end, and
-``TASK_SEED_measures.csv``. ``page`` writes the tables of docs/evidence.md and its figure from them (``make evidence``).
+on the same episodes, two of each of them. ``run`` makes the missing blocks, those of the first seed first, and then those of
+the better penalty with other weights; ``--blocks`` ends it after so many. Results are added to ``learning/ladder/ARM``: the
+training episodes, the evaluation at the end, and ``TASK_SEED_measures.csv``. ``page`` writes the tables of docs/evidence.md
+and its figure from them (``make evidence``).
 
 The analysis was written before the first run. Scores are those of whole runs (mean over all training episodes, which is the
 area under the curve, and over the last tenth of the frames), divided by 1000, the largest return. Aggregates are interquartile
 means; intervals are percentiles of a bootstrap that draws seeds for each task by itself; the probability of improvement is
 that of Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (NeurIPS 2021). Differences from
-no penalty are those of equal seeds. No run that reached the end is left out.
+no penalty are those of equal seeds. No run that reached the end is left out. The better penalty is the one with the largest
+interquartile mean of the area under the curve, over all tasks and seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ from sb3_dreamer_gpld.zoo.plot import Style, interquartile_mean, interval
 
 NONE = "penalty-none"
 ARMS = {NONE: "none", "penalty-posterior": "posterior (published)", "penalty-prior": "prior", "penalty-both": "both"}
+WEIGHTS = ("0.05", "5")  # λ₀ of the better penalty, beside 0.5
 GROUPS = {
     "hard locomotion": ("walker-walk", "cheetah-run", "quadruped-walk", "hopper-hop"),
     "others": ("reacher-hard", "cartpole-swingup"),
@@ -53,6 +56,7 @@ LARGEST_RETURN = 1000.0
 STEPS_AHEAD = (1, 5, 15, 50)  # of the open-loop errors
 EPISODES = 2  # that each model of a block collects
 STYLE = Style(size=0.95, reps=2000)
+NO_BLOCK = "No block is finished yet."
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 FIGURE = PAGE.with_name("figures") / "evidence.png"
 MEASURES = {
@@ -70,9 +74,29 @@ MEASURES = {
 # -------------------------------------------------------------------------------------------------------------- running
 
 
-def jobs_of(task: str, seed: int) -> list[Job]:
+def jobs_of(task: str, seed: int, arms: Iterable[str] = ARMS) -> list[Job]:
     """The runs of a block."""
-    return [Job(arm, task, seed, FRAMES) for arm in ARMS]
+    return [Job(arm, task, seed, FRAMES) for arm in arms]
+
+
+def better() -> str | None:
+    """The penalty that returned more, which is run with other weights, too; None: the arms are not finished."""
+    if complete() != (TASKS, SEEDS):
+        return None
+    areas = {arm: interquartile_mean(scores_of(arm, SCORES["area"], TASKS, SEEDS))[0] for arm in ARMS if arm != NONE}
+    return max(areas, key=areas.__getitem__)
+
+
+def other_weights(arm: str) -> list[str]:
+    """The arms with a penalty's other weights."""
+    return [f"{arm}-{weight}" for weight in WEIGHTS]
+
+
+def blocks() -> Iterator[list[Job]]:
+    """All of them, in the order that they are made in; those of the other weights are known when the others are finished."""
+    yield from (jobs_of(task, seed) for seed in SEEDS for task in TASKS)
+    if arm := better():
+        yield from (jobs_of(task, seed, other_weights(arm)) for seed in SEEDS for task in TASKS)
 
 
 def measures_file(job: Job) -> Path:
@@ -80,23 +104,28 @@ def measures_file(job: Job) -> Path:
 
 
 def measure(jobs: Sequence[Job], runs: Path) -> None:
-    """Measure the models of a block on the episodes of all of them.
+    """Measure the models of a block on the episodes of all arms; those with other weights on the same.
 
     :param jobs: the finished runs of the block
     :param runs: folder of the checkpoints
     :raises FileNotFoundError: a checkpoint is lost
     """
     arms = read_arms()
-    models = {job: DreamerGPLD.load(runs / job.arm / f"{job.task}_{job.seed}" / "model.zip", device="cpu") for job in jobs}
+    task, seed = jobs[0].task, jobs[0].seed
+    shared = jobs_of(task, seed)
+    models = {
+        job: DreamerGPLD.load(runs / job.arm / f"{task}_{seed}" / "model.zip", device="cpu")
+        for job in dict.fromkeys([*shared, *jobs])
+    }
     collected = {}
     for job, model in models.items():
-        env = DummyVecEnv([lambda job=job: make_env(arms[job.arm], job.task, 20_000 + job.seed)])  # type: ignore[misc]
-        collected[job] = collect(model, env, EPISODES, 1000, seed=20_000 + job.seed)
+        env = DummyVecEnv([lambda job=job: make_env(arms[job.arm], task, 20_000 + seed)])  # type: ignore[misc]
+        collected[job] = collect(model, env, EPISODES, 1000, seed=20_000 + seed)
         env.close()
-    episodes = [episode for each in collected.values() for episode in each]
-    arguments = ["--model", "", "--env", "", "--out", "", "--horizon", str(max(STEPS_AHEAD)), "--seed", str(jobs[0].seed)]
-    for job, model in models.items():
-        found = diagnose.measure(model, episodes, diagnose.parse(arguments))
+    episodes = [episode for job in shared for episode in collected[job]]
+    arguments = ["--model", "", "--env", "", "--out", "", "--horizon", str(max(STEPS_AHEAD)), "--seed", str(seed)]
+    for job in jobs:
+        found = diagnose.measure(models[job], episodes, diagnose.parse(arguments))
         smooth = [action_smoothness(episode) for episode in collected[job]]
         row: dict[str, Any] = {
             "posterior_jacobian": found.smoothness.posterior_jacobian.mean().item(),
@@ -111,30 +140,28 @@ def measure(jobs: Sequence[Job], runs: Path) -> None:
         write_csv(measures_file(job), [row], DIGITS)
 
 
-def run(workers: int, runs: Path, blocks: float) -> int:
+def run(workers: int, runs: Path, most: float) -> int:
     """Make the blocks that are missing.
 
     :param workers: runs side by side
     :param runs: folder of the checkpoints
-    :param blocks: at most so many
+    :param most: at most so many
     :return: how many runs failed
     """
-    failed = 0
-    for seed in SEEDS:
-        for task in TASKS:
-            jobs = jobs_of(task, seed)
-            if all(job.finished and measures_file(job).exists() for job in jobs):
-                continue
-            if blocks <= 0:
-                return failed
-            blocks -= 1
-            in_block = run_all(jobs, workers, runs)
-            failed += in_block
-            if in_block == 0:
-                try:
-                    measure(jobs, runs)
-                except FileNotFoundError as error:
-                    print(f"{task} {seed}: not measured, since a checkpoint is lost ({error})", flush=True)
+    failed = made = 0
+    for jobs in blocks():
+        if all(job.finished and measures_file(job).exists() for job in jobs):
+            continue
+        if made >= most:
+            break
+        made += 1
+        in_block = run_all(jobs, workers, runs)
+        failed += in_block
+        if in_block == 0:
+            try:
+                measure(jobs, runs)
+            except FileNotFoundError as error:
+                print(f"{jobs[0].task} {jobs[0].seed}: not measured, since a checkpoint is lost ({error})", flush=True)
     return failed
 
 
@@ -165,7 +192,7 @@ SCORES = {
 
 
 class Seeds(NamedTuple):
-    """The seeds that every arm has finished on every task that has any.
+    """The seeds that arms have finished on every task that has any.
 
     :param tasks: with at least one such seed
     :param seeds: which, as many for each task
@@ -175,11 +202,11 @@ class Seeds(NamedTuple):
     seeds: tuple[int, ...]
 
 
-def complete() -> Seeds:
-    """What can be compared: tasks of which the first seeds are finished in all arms, as many seeds as all these have."""
+def complete(arms: Iterable[str] = ARMS) -> Seeds:
+    """What can be compared: tasks of which the first seeds are finished in the arms, as many seeds as all these have."""
     counts = {}
     for task in TASKS:
-        done = [all(job.finished for job in jobs_of(task, seed)) for seed in SEEDS]
+        done = [all(job.finished for job in jobs_of(task, seed, arms)) for seed in SEEDS]
         counts[task] = done.index(False) if False in done else len(done)
     tasks = tuple(task for task, count in counts.items() if count)
     return Seeds(tasks, SEEDS[: min((counts[task] for task in tasks), default=0)])
@@ -234,6 +261,18 @@ def cell(value: float, bounds: np.ndarray, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
+def compared(arm: str, score: Score, tasks: Sequence[str], seeds: Sequence[int]) -> str:
+    """Cells of an arm: its interquartile mean, the difference from no penalty, and the probability of improvement over it."""
+    scores = scores_of(arm, score, tasks, seeds)
+    cells = [cell(interquartile_mean(scores)[0], interval(scores, interquartile_mean, STYLE)[:, 0]), "", ""]
+    if arm != NONE:
+        none = scores_of(NONE, score, tasks, seeds)
+        difference, pairs = scores - none, np.concatenate([scores, none], -1)
+        cells[1] = cell(interquartile_mean(difference)[0], interval(difference, interquartile_mean, STYLE)[:, 0])
+        cells[2] = cell(improvement(pairs)[0], improvement_interval(pairs), 2)
+    return " | ".join(cells)
+
+
 def returns_table(found: Seeds) -> Iterator[str]:
     """Markdown: interquartile means of each arm, differences from no penalty, and probabilities of improvement."""
     yield "| tasks | score | penalty on | interquartile mean | minus none, same seeds | probability of improvement over none |"
@@ -241,15 +280,23 @@ def returns_table(found: Seeds) -> Iterator[str]:
     groups = {"all": found.tasks, **{name: tuple(t for t in tasks if t in found.tasks) for name, tasks in GROUPS.items()}}
     for group, tasks in groups.items():
         for score in SCORES.values() if tasks else ():
-            none = scores_of(NONE, score, tasks, found.seeds)
             for arm, title in ARMS.items():
-                scores = scores_of(arm, score, tasks, found.seeds)
-                cells = [cell(interquartile_mean(scores)[0], interval(scores, interquartile_mean, STYLE)[:, 0]), "", ""]
-                if arm != NONE:
-                    difference, pairs = scores - none, np.concatenate([scores, none], -1)
-                    cells[1] = cell(interquartile_mean(difference)[0], interval(difference, interquartile_mean, STYLE)[:, 0])
-                    cells[2] = cell(improvement(pairs)[0], improvement_interval(pairs), 2)
-                yield f"| {group} | {score.title} | {title} | {' | '.join(cells)} |"
+                yield f"| {group} | {score.title} | {title} | {compared(arm, score, tasks, found.seeds)} |"
+
+
+def weights_table(_: Seeds) -> Iterator[str]:
+    """Markdown: the better penalty with other weights, over the tasks and seeds that these have finished."""
+    arm = better()
+    found = complete(other_weights(arm)) if arm else Seeds((), ())
+    if arm is None or not found.seeds:
+        yield NO_BLOCK
+        return
+    yield f"| λ₀ on {ARMS[arm]} | score | interquartile mean | minus none, same seeds | probability of improvement over none |"
+    yield "| --- | --- | --- | --- | --- |"
+    weak, strong = other_weights(arm)
+    for score in SCORES.values():
+        for name, weight in ((weak, WEIGHTS[0]), (arm, "0.5"), (strong, WEIGHTS[1])):
+            yield f"| {weight} | {score.title} | {compared(name, score, found.tasks, found.seeds)} |"
 
 
 def tasks_table(found: Seeds) -> Iterator[str]:
@@ -281,7 +328,7 @@ def ratio(one: np.ndarray, other: np.ndarray) -> float:
         return float(np.exp(np.nanmean(np.log(one / other))))
 
 
-TABLES = {"returns": returns_table, "tasks": tasks_table, "measures": measures_table}
+TABLES = {"returns": returns_table, "tasks": tasks_table, "weights": weights_table, "measures": measures_table}
 
 
 def filled(page: str, found: Seeds) -> str:
@@ -289,7 +336,7 @@ def filled(page: str, found: Seeds) -> str:
     for name, table in TABLES.items():
         before, rest = page.split(f"<!-- table: {name} -->\n")
         _, after = rest.split("<!-- end -->\n", 1)
-        text = "\n".join(table(found)) if found.seeds else "No block is finished yet."
+        text = "\n".join(table(found)) if found.seeds else NO_BLOCK
         page = f"{before}<!-- table: {name} -->\n{text}\n<!-- end -->\n{after}"
     return page
 

@@ -36,6 +36,10 @@ def test_the_arms_differ_in_the_penalty_alone() -> None:
         assert own == {key: value for key, value in preset.items() if key not in ("posterior_penalty", "prior_penalty")}
     assert lambdas == {(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)}
     assert arms[NONE].settings["posterior_penalty"] == 0.0
+    for name in set(ARMS) - {NONE}:
+        for weight, other in zip(evidence.WEIGHTS, evidence.other_weights(name), strict=True):
+            penalties = {key: value for key, value in arms[name].settings.items() if key.endswith("_penalty") and value}
+            assert penalties and arms[other].settings == {**arms[name].settings, **dict.fromkeys(penalties, float(weight))}
 
 
 def test_statistics() -> None:
@@ -114,15 +118,37 @@ def test_blocks_in_their_order(results: Path, tmp_path: Path, monkeypatch: pytes
     measured: list[Any] = []
     monkeypatch.setattr(evidence, "run_all", lambda jobs, workers, runs: made.append((jobs[0].task, jobs[0].seed)) or 0)
     monkeypatch.setattr(evidence, "measure", lambda jobs, runs: measured.append(len(jobs)))
-    assert evidence.run(2, tmp_path, blocks=6) == 0
+    assert evidence.run(2, tmp_path, most=6) == 0
     first = [(task, SEEDS[0]) for task in TASKS if task not in ("walker-walk", "reacher-hard")]
     assert made == [*first, ("walker-walk", SEEDS[1]), ("cheetah-run", SEEDS[1])] and measured == [4] * 6
     monkeypatch.setattr(evidence, "run_all", lambda *args: 2)
-    assert evidence.run(2, tmp_path, blocks=1) == 2 and len(measured) == 6
+    assert evidence.run(2, tmp_path, most=1) == 2 and len(measured) == 6
+
+
+def test_other_weights_of_the_better_penalty(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin when all arms are finished, and are compared over what they have finished."""
+    assert evidence.better() is None and list(evidence.weights_table(evidence.complete())) == [evidence.NO_BLOCK]
+    monkeypatch.setattr(evidence, "TASKS", ("walker-walk", "reacher-hard"))
+    monkeypatch.setattr(evidence, "SEEDS", SEEDS[:2])
+    assert evidence.better() == "penalty-both"
+    assert list(evidence.weights_table(evidence.complete())) == [evidence.NO_BLOCK]
+    made: list[Any] = []
+    monkeypatch.setattr(evidence, "run_all", lambda jobs, workers, runs: made.append([job.arm for job in jobs]) or 0)
+    monkeypatch.setattr(evidence, "measure", lambda jobs, runs: None)
+    evidence.run(2, tmp_path, most=9)
+    assert made == [list(ARMS), *[["penalty-both-0.05", "penalty-both-5"]] * 4]  # the first has a lost measure
+    for arm, base in (("penalty-both-0.05", 400.0), ("penalty-both-5", 600.0)):
+        (tmp_path / arm).mkdir()
+        for seed in SEEDS[:2]:
+            write_run(Job(arm, "reacher-hard", seed, FRAMES), np.full(40, base + seed), 1.0)
+    lines = list(evidence.weights_table(evidence.complete()))
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.05", "| 0.5", "| 5"] * 2
+    assert "| 0.420 [" in lines[2] and "| 0.000 [0.000, 0.000] | 0.50 [" in lines[2]
+    assert "| 0.430 [" in lines[3] and "| 0.621 [" in lines[4] and "| 0.200 [0.200, 0.200] | 1.00 [1.00, 1.00] |" in lines[4]
 
 
 def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of a block, on the episodes of both; a lost checkpoint is told."""
+    """The models of a block, on the episodes of all; those with other weights, on the same; a lost checkpoint is told."""
     from gymnasium import spaces
     from test_dreamer_gpld import RandomSpaces, tiny
 
@@ -136,17 +162,20 @@ def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence, "make_env", env_of)
     monkeypatch.setattr(evidence, "STEPS_AHEAD", (1, 2))
-    jobs = [Job(arm, "walker-walk", 20, FRAMES) for arm in list(ARMS)[:2]]
-    for number, job in enumerate(jobs):
+    block = evidence.jobs_of("walker-walk", 20)
+    others = evidence.jobs_of("walker-walk", 20, evidence.other_weights("penalty-both"))
+    for number, job in enumerate([*block, *others]):
         (tmp_path / "results" / job.arm).mkdir(parents=True)
         folder = tmp_path / "runs" / job.arm / "walker-walk_20"
         folder.mkdir(parents=True)
         tiny(RandomSpaces(box, box), seed=number).save(folder / "model.zip")
-    evidence.measure(jobs, tmp_path / "runs")
-    rows = [ladder.read_csv(evidence.measures_file(job))[0] for job in jobs]
-    assert len(made) == 2 and rows[0] != rows[1]
+    evidence.measure(block, tmp_path / "runs")
+    rows = [ladder.read_csv(evidence.measures_file(job))[0] for job in block]
+    assert len(made) == 4 and rows[0] != rows[1]
     assert all(np.isfinite(float(value)) for row in rows for value in row.values())
     assert {"observation_2", "reward_1", "posterior_jacobian", "action_change"} <= set(rows[0])
-    (tmp_path / "runs" / jobs[1].arm / "walker-walk_20" / "model.zip").unlink()
+    evidence.measure(others, tmp_path / "runs")
+    assert len(made) == 10 and all(evidence.measures_file(job).exists() for job in others)
+    (tmp_path / "runs" / block[1].arm / "walker-walk_20" / "model.zip").unlink()
     with pytest.raises(FileNotFoundError):
-        evidence.measure(jobs, tmp_path / "runs")
+        evidence.measure(others, tmp_path / "runs")
