@@ -138,20 +138,22 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
-        self.batch_length = batch_length
         self.deter_size = deter
         self.stoch_size = stoch
         # The smallest type with a value to spare: its largest one marks rows without a latent
         self.stoch_dtype = np.min_scalar_type(classes + 1)
         self.rng = np.random.default_rng(np.random.randint(2**31 - 1) if seed is None else seed)
-        self._make_parts()
+        self._make_parts(batch_length)
         self.recency = recency
 
-    def _make_parts(self) -> None:
-        """Make the parts, empty, from the attributes of the constructor."""
+    def _make_parts(self, batch_length: int) -> None:
+        """Make the parts, empty, from the attributes of the constructor.
+
+        :param batch_length: as in the constructor
+        """
         row = RowFormat(self._obs_columns(), self._action_column(), self.deter_size, self.stoch_size, self.stoch_dtype)
         self.rows = self._make_rows(row)
-        self.windows = WindowSampler(self.rows, self.batch_length)
+        self.windows = WindowSampler(self.rows, batch_length)
         self.writer = EpisodeWriter(self.rows, self.windows)
 
     def _make_rows(self, row: RowFormat) -> Rows:
@@ -216,6 +218,22 @@ class SequenceReplayBuffer(ReplayBuffer):
             raise
         rows.restore(present.added.copy(), *present.filled())
         self.rows = self.windows.rows = self.writer.rows = rows
+
+    @property
+    def batch_length(self) -> int:
+        """:return: trained steps T of a window. It can change, and the queued windows are then forgotten;
+            ``load_replay_buffer`` sets it to that of the model
+
+        :raises ValueError: it is set to what is no whole number of at least 1
+        """
+        return self.windows.batch_length
+
+    @batch_length.setter
+    def batch_length(self, batch_length: int) -> None:
+        check_int("batch_length", batch_length, 1)
+        if batch_length != self.windows.batch_length:
+            self.windows.batch_length = batch_length
+            self.windows.reset()
 
     @property
     def recency(self) -> float:
@@ -291,6 +309,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         saved.setdefault("_storage", "host")  # buffers saved before there was another
         device = get_device(saved.pop("device", None) or saved["_device"])  # the processor if the GPU is not there
         saved["_device"] = device
+        batch_length = saved.pop("batch_length", None)  # the windows have it now
         if "rows" in saved:
             self.__dict__.update(saved)
             self.device = device
@@ -300,7 +319,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         for name in ("no_latent", "_obs_specs", "_action_dtype", "_envs"):  # follow from what is left
             del saved[name]
         self.__dict__.update(saved)
-        self._make_parts()
+        self._make_parts(batch_length)
         if self.size() > 0:
             self.rows.restore(old["rows_added"], by_key(old["observations"]), {name: old[name] for name in _COLUMNS})
         self.windows.queue = old["_queue"]

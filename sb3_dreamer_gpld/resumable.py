@@ -362,8 +362,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if its != ours:
                 raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
         if present is not None:
-            loaded.storage, loaded.recency = present.storage, present.recency
-            if loaded.batch_length != present.batch_length:  # load was given another one
-                loaded.batch_length = loaded.windows.batch_length = present.batch_length
-                loaded.windows.reset()
+            for name in ("storage", "recency", "batch_length"):
+                setattr(loaded, name, getattr(present, name))
         self.replay_buffer = loaded

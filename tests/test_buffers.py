@@ -473,6 +473,20 @@ def test_windows_by_age_are_stored_ones() -> None:
     assert driver.buffer.sample(4).starts.tolist() == [993, 993, 997, 997]
 
 
+def test_another_length_of_windows() -> None:
+    """Those that were queued with the length before are forgotten; a wrong length changes nothing."""
+    driver = Driver(1, 40, 3)
+    for _ in range(8):
+        driver.add([STEP])
+    queued = len(driver.buffer.windows.queue)
+    driver.buffer.batch_length = 3  # as it is
+    with pytest.raises(ValueError, match="batch_length must be .* at least 1"):
+        driver.buffer.batch_length = 0
+    assert len(driver.buffer.windows.queue) == queued > 0 and driver.buffer.sample(1).rewards.shape == (1, 3)
+    driver.buffer.batch_length = 5
+    assert not driver.buffer.windows.queue and driver.buffer.sample(2).rewards.shape == (2, 5)
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan"), "0.5", None, True])
 def test_wrong_recency_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"recency must be a number in \[0"):
