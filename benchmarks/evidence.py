@@ -322,17 +322,28 @@ def measures_table(found: Seeds) -> Iterator[str]:
         yield f"| {title} | {' | '.join(cells)} | {rank_correlation(every, returns):.2f} |"
 
 
+def figure_link(_: Seeds) -> Iterator[str]:
+    """Markdown: the figure of :func:`draw`."""
+    yield f"![Returns with the penalty minus without it, and what it changes in the model](figures/{FIGURE.name})"
+
+
 def ratio(one: np.ndarray, other: np.ndarray) -> float:
     """Geometric mean of the ratios of two measures."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.exp(np.nanmean(np.log(one / other))))
 
 
-TABLES = {"returns": returns_table, "tasks": tasks_table, "weights": weights_table, "measures": measures_table}
+TABLES = {
+    "returns": returns_table,
+    "tasks": tasks_table,
+    "weights": weights_table,
+    "figure": figure_link,
+    "measures": measures_table,
+}
 
 
 def filled(page: str, found: Seeds) -> str:
-    """The page with its tables as the results have them, between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    """The page with its tables and figure as the results have them, between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     for name, table in TABLES.items():
         before, rest = page.split(f"<!-- table: {name} -->\n")
         _, after = rest.split("<!-- end -->\n", 1)

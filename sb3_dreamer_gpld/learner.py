@@ -213,11 +213,20 @@ class Learner:
         return config, groups, trained, addresses(policy), [x.data_ptr() for state in states for x in state.values()]
 
     def loss(self, batch: Batch, draws: Draws, number: int) -> Loss:
-        """All losses of one update; arguments as in :meth:`update`. Changes nothing."""
+        """All losses of one update, with the λ of that update; arguments as in :meth:`update`. Changes nothing.
+
+        Training calls :meth:`weighted_loss`: a loss of your own goes there.
+        """
         return self.weighted_loss(batch, draws, self._penalty_weights(number))
 
     def weighted_loss(self, batch: Batch, draws: Draws, weights: PenaltyWeights) -> Loss:
-        """:meth:`loss` with the λ of the penalties, numbers or scalars on the device."""
+        """All losses of one update.
+
+        :param batch: replayed sequences
+        :param draws: random numbers, as :meth:`draw` makes them
+        :param weights: λ of the penalties, numbers or scalars on the device
+        :return: their weighted sum, which is minimised, and the terms by name, which are logged as ``loss/NAME``
+        """
         world_model, actor_critic, objective = self.policy.world_model, self.policy.actor_critic, self.config.objective
         terms, states = world_model.loss(batch, draws.world_model, weights, objective.gamma)
         more, metrics, running = actor_critic.loss(world_model, batch, states, draws.imagination, objective)

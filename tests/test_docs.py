@@ -24,8 +24,10 @@ import gymnasium as gym
 import pytest
 import yaml
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 
+from benchmarks.learning.run import LastValues
 from sb3_dreamer_gpld import DreamerGPLD, preset
 from sb3_dreamer_gpld.config import SIZES, ModelConfig
 from sb3_dreamer_gpld.envs import ActionRepeat, register_dm_control
@@ -150,6 +152,18 @@ def test_python_runs(page: str, small: list[DreamerGPLD], tmp_path: Path, monkey
             continue
         exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
     assert all(model._n_updates > 0 for model in small), "a training of this page makes no update"
+
+
+def test_a_loss_of_your_own_is_logged(small: list[DreamerGPLD], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The term that docs/extending.md adds is in what training minimises: overriding another method would change nothing."""
+    block = next(block for block in BLOCKS if "class PriorEntropyLearner" in block.text)
+    namespace: dict[str, Any] = {"DreamerGPLD": DreamerGPLD, "preset": preset}
+    monkeypatch.chdir(tmp_path)
+    exec(block.text, namespace)
+    log = LastValues()
+    namespace["model"].set_logger(Logger(None, [log]))
+    namespace["model"].learn(STEPS, reset_num_timesteps=False, log_interval=1)
+    assert log.values["loss/prior_entropy"] > 0
 
 
 # ----------------------------------------------------------------------------------------------------------- commands

@@ -34,7 +34,7 @@ def exact_squares(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Seq
 def _of_one_layer(p: Tensor, layer: OneLayer) -> Tensor:
     """Two cotangents for each row instead of one for each class.
 
-    Row c of J_i is p_c·(w_c − μ)ᵀ D with the layer's Jacobian D and μ = Σ_c p_c w_c, so
+    Before the share of the mix, row c of J_i is p_c·(w_c − μ)ᵀ D with the layer's Jacobian D and μ = Σ_c p_c w_c, so
     ‖J_i‖² = Σ_c p_c²⟨w_c, w_c⟩ + ⟨τ, μ⟩, where τ = Σ_c (p_c·Σp² − 2p_c²)·w_c.
 
     :param p: probabilities before the mix, (R, n, C)
