@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
@@ -49,17 +49,29 @@ KNOWN_ELSEWHERE = {
 }
 
 
+def check_names(kind: type, inits: Iterable[Callable[..., Any]], names: Iterable[str]) -> None:
+    """Look whether arguments exist; names that begin with "_" are left alone.
+
+    :param kind: class that they are given to
+    :param inits: its constructors, its own and inherited ones
+    :param names: to be looked at
+    :raises TypeError: there is no such argument; the text says what does its work here, or names the closest one
+    """
+    parameters = [name for init in inits for name in inspect.signature(init).parameters]
+    allowed = [name for name in parameters if name != "self" and not name.startswith("_")]
+    for name in names:
+        if name not in allowed and not name.startswith("_"):
+            if name in KNOWN_ELSEWHERE:
+                raise TypeError(f"{kind.__name__} has no argument {name!r}: {KNOWN_ELSEWHERE[name]}")
+            raise TypeError(unknown_name("argument", name, allowed))
+
+
 def naming_unknown(init: Function) -> Function:
-    """An ``__init__`` whose error for an unknown argument says what does its work here, or names the closest one."""
-    allowed = [name for name in inspect.signature(init).parameters if name != "self" and not name.startswith("_")]
+    """An ``__init__`` whose error for an unknown argument is that of :func:`check_names`."""
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in allowed and not name.startswith("_"):
-                if name in KNOWN_ELSEWHERE:
-                    raise TypeError(f"{type(self).__name__} has no argument {name!r}: {KNOWN_ELSEWHERE[name]}")
-                raise TypeError(unknown_name("argument", name, allowed))
+        check_names(type(self), [init], kwargs)
         init(self, *args, **kwargs)
 
     return checked  # type: ignore[return-value]
@@ -123,6 +135,30 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
         raise ValueError(f"compile must be 'auto', True or False, not {algorithm.compile!r}")
     algorithm.processes.share("batch_size", algorithm.batch_size)
     _ = algorithm.penalty  # checks the rest
+
+
+def check_with_nets(algorithm: DreamerGPLD) -> None:
+    """Look at the arguments that depend on the nets, or are part of them.
+
+    :param algorithm: with its policy
+    :raises ValueError: a value is not allowed; the text names the argument and what is
+    """
+    policy, rows = algorithm.policy, algorithm.policy.config.stoch
+    if algorithm.penalty_rows is not None and algorithm.penalty_rows > rows:
+        raise ValueError(
+            f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {algorithm.penalty_rows}"
+        )
+    if policy.config.reconstruction == "redundancy" and algorithm.batch_size * algorithm.batch_length < 2:
+        raise ValueError(
+            "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
+            f"not {algorithm.batch_size} * {algorithm.batch_length}"
+        )
+    made_with = None if policy.planner is None else policy.planner.config
+    if "planner" not in algorithm.policy_kwargs and PlannerConfig.make(algorithm.planner, policy.action_spec) != made_with:
+        raise ValueError(
+            f"planner={algorithm.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
+            "load(path, planner=...)"
+        )
 
 
 def check_processes(algorithm: DreamerGPLD) -> None:

@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Event
 
 from sb3_dreamer_gpld.config import check_int
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
+from sb3_dreamer_gpld.saving import check_writable
 
 
 def callbacks_of_all(callback: Any) -> list[BaseCallback]:
@@ -40,13 +41,14 @@ class SaveRunCallback(BaseCallback):
         model.learn(steps - model.num_timesteps, callback=callback, reset_num_timesteps=False)
 
     It saves when an episode has ended in all environments, from where a run goes on exactly, or ``every`` steps later than it
-    wanted to. The files of the time before are removed when the new ones are complete. Of several processes each saves its
-    share.
+    wanted to; and at the end of ``learn``. The files of the time before are removed when the new ones are complete. Of several
+    processes each saves its share.
 
     :param folder: of the run, which is made if it is not there
     :param every: environment steps
     :param verbose: 1: print what was saved
-    :raises ValueError: ``every`` is no whole number of at least 1
+    :raises ValueError: ``every`` is no whole number of at least 1; and in ``learn``, another callback than a list calls it
+    :raises NotADirectoryError, PermissionError: in ``learn``, nothing can be written in the folder
     """
 
     in_all_processes = True  # that learn together
@@ -54,14 +56,26 @@ class SaveRunCallback(BaseCallback):
     def __init__(self, folder: str | os.PathLike[str], every: int, verbose: int = 0) -> None:
         super().__init__(verbose)
         self.folder, self.every = Path(folder), check_int("every", every, 1)
-        self._due = 0
+        self._due = self._known = 0  # environment steps: to save from there on, and that are saved or were loaded
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, ResumableAlgorithm):
             raise TypeError(f"SaveRunCallback saves a DreamerGPLD model, not a {type(self.model).__name__}")
+        if isinstance(self.parent, EventCallback):
+            raise ValueError(
+                f"SaveRunCallback saves between two steps, of which {type(self.parent).__name__} does not tell it; allowed: "
+                "give it to learn by itself, or in a list"
+            )
+        check_writable(self.folder)
 
     def _on_training_start(self) -> None:
-        self._due = self.num_timesteps + self.every
+        self._known = self.num_timesteps
+        self._due = self._known + self.every
+
+    def _on_training_end(self) -> None:
+        assert isinstance(self.model, ResumableAlgorithm)
+        if self.model.num_timesteps > self._known:
+            self._save(self.model)
 
     def _on_rollout_start(self) -> None:
         """Here all that came before is stored and learned from."""
@@ -71,10 +85,14 @@ class SaveRunCallback(BaseCallback):
         assert isinstance(model, ResumableAlgorithm) and model._last_episode_starts is not None
         between = model.processes.sums([float(model._last_episode_starts.all())])[0] == model.processes.size
         if between or model.num_timesteps >= self._due + self.every:
-            file = self.save(model)
-            self._due = model.num_timesteps + self.every
-            if self.verbose >= 1 and model.processes.is_first:
-                print(f"Saved the run as {file}")
+            self._save(model)
+
+    def _save(self, model: ResumableAlgorithm) -> None:
+        file = self.save(model)
+        self._known = model.num_timesteps
+        self._due = self._known + self.every
+        if self.verbose >= 1 and model.processes.is_first:
+            print(f"Saved the run as {file}")
 
     def save(self, model: ResumableAlgorithm) -> Path:
         """

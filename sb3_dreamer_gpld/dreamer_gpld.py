@@ -19,7 +19,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dreamer_gpld import parallel
-from sb3_dreamer_gpld.arguments import check_arguments, check_environments, check_processes, naming_unknown, warn_without_gpu
+from sb3_dreamer_gpld.arguments import (
+    check_arguments,
+    check_environments,
+    check_processes,
+    check_with_nets,
+    naming_unknown,
+    warn_without_gpu,
+)
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.callbacks import callbacks_of_all
 from sb3_dreamer_gpld.config import (
@@ -273,14 +280,7 @@ class DreamerGPLD(ResumableAlgorithm):
             **{"model_size": self.model_size, "planner": self.planner, **own_rate, **self.policy_kwargs},
         )
         self.policy = self.policy.to(self.device)
-        rows = self.policy.config.stoch
-        if self.penalty_rows is not None and self.penalty_rows > rows:
-            raise ValueError(f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {self.penalty_rows}")
-        if self.policy.config.reconstruction == "redundancy" and self.batch_size * self.batch_length < 2:
-            raise ValueError(
-                "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
-                f"not {self.batch_size} * {self.batch_length}"
-            )
+        check_with_nets(self)
         if self.verbose >= 1 and self.batch_size * self.batch_length > 4 * PUBLISHED_STEPS:
             times = self.batch_size * self.batch_length / PUBLISHED_STEPS
             replayed = f"{self.batch_size} sequences of {self.batch_length} steps"
@@ -289,24 +289,45 @@ class DreamerGPLD(ResumableAlgorithm):
         self._convert_train_freq()
         check_processes(self)
         self._state = None  # the number of environments may have changed in load()
-        self._exploration = self._make_exploration(self.__dict__.pop("_noise_episodes", None))
+        self._renew_exploration(self.__dict__.pop("_noise_episodes", None))
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
         self.learner = self.learner_class(self.policy, self._learner_config(), self.processes)
         if not self.processes.is_first:
             self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
 
-    def _make_exploration(self, episodes: Sequence[int] | None = None) -> ActionNoise | None:
-        """Noise that begins with the next episode of each environment.
+    def _renew_exploration(self, episodes: Sequence[int] | None = None) -> None:
+        """Make the noise that begins with the next episode of each environment.
 
         :param episodes: their numbers, as saved; where they are not known, all environments have had as many
         """
+        self._explored_with = self.exploration_noise, self.exploration_share
         if not self.exploration_noise or self.policy.action_spec.nvec is not None:
-            return None
+            self._exploration = None
+            return
         if episodes is None or len(episodes) != self.n_envs:
             first = self._episode_num // self.n_envs + self.processes.rank * self.n_envs  # processes take turns, too
             episodes = range(first, first + self.n_envs)
         size = self.policy.action_spec.size
-        return correlated_noise(self.exploration_noise, size, self.n_envs, self.exploration_share, episodes)
+        self._exploration = correlated_noise(self.exploration_noise, size, self.n_envs, self.exploration_share, episodes)
+
+    def _follow_attributes(self) -> None:
+        """Have the parts follow attributes that have changed since they were made.
+
+        :raises ValueError: a value is not allowed, or cannot change any more
+        """
+        check_arguments(self)
+        check_with_nets(self)
+        assert self.replay_buffer is not None
+        if "batch_length" not in (self.replay_buffer_kwargs or {}):
+            self.replay_buffer.batch_length = self.batch_length
+        if self._explored_with != (self.exploration_noise, self.exploration_share):
+            self._renew_exploration()
+        if self.gradient_steps is None and self.replay_buffer.buffer_size <= self.replay_buffer.batch_length:
+            raise ValueError(
+                f"buffer_size={self.buffer_size} makes {self.replay_buffer.buffer_size} rows for each of {self.n_envs} "
+                f"environments, in which no window of batch_length={self.replay_buffer.batch_length} steps and the one before "
+                "them fits: there would be no update; allowed: a larger buffer_size, or a smaller batch_length"
+            )
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -335,7 +356,7 @@ class DreamerGPLD(ResumableAlgorithm):
                     "stoch": config.stoch,
                     "classes": config.classes,
                     "seed": None if self.seed is None else self._own_seed(self.seed),
-                    **self.replay_buffer_kwargs,
+                    **(self.replay_buffer_kwargs or {}),
                 },
             )
             self.replay_buffer.process = (self.processes.rank, self.processes.size)
@@ -460,6 +481,7 @@ class DreamerGPLD(ResumableAlgorithm):
         :param reset_num_timesteps: start counting afresh, and reset the environment
         :param progress_bar: show one
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
+        :raises ValueError: an attribute has changed to a value that is not allowed; or no window fits into the replay buffer
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         :raises FileNotFoundError: of several processes that go on, this one's share of the model is missing
         """
@@ -471,6 +493,7 @@ class DreamerGPLD(ResumableAlgorithm):
                 "in the model that it should go on from; allowed: as many processes as the run was saved with, and the "
                 "files of all of them"
             )
+        self._follow_attributes()
         self._saved = []  # what was saved between two runs, all processes have saved
         if self.processes.size > 1:
             check_environments(self)
@@ -481,7 +504,7 @@ class DreamerGPLD(ResumableAlgorithm):
             )
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
         if reset_num_timesteps:
-            self._exploration = self._make_exploration()
+            self._renew_exploration()
         self._update_seconds, self._logged_at = 0.0, time.perf_counter()
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
@@ -643,6 +666,7 @@ class DreamerGPLD(ResumableAlgorithm):
             "_state",
             "_latents",
             "_exploration",
+            "_explored_with",
             "_lr_schedules",
             "learner",
             "update_ratio",
@@ -657,7 +681,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _take_over(self, state: dict[str, Any]) -> None:
         super()._take_over(state)
-        self._exploration = self._make_exploration(state.get("_noise_episodes"))
+        self._renew_exploration(state.get("_noise_episodes"))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -123,6 +123,14 @@ class Learner:
         self.execution = Execution(policy, policy.device)
         self.metrics = MetricMeans()
         self.faults = FiniteGuard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "execution"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """:param state: of a learner that was copied or pickled; the copy's steps are neither compiled nor recorded yet"""
+        self.__dict__.update(state)
+        self.execution = Execution(self.policy, self.policy.device)
 
     def draw(self, sequences: int, steps: int) -> Draws:
         """Random numbers for an update on that many sequences of that many steps."""

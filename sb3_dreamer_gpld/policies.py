@@ -33,7 +33,7 @@ from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.observations import by_key, like_space
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.planning import Planner, PlannerConfig
-from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain
+from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain, without_numpy
 from sb3_dreamer_gpld.transfer import to_device
 
 CALLS_WITHOUT_STATE = 10  # of predict in a row, before a warning
@@ -182,7 +182,7 @@ class DreamerPolicy(BasePolicy):
             "format_version": FORMAT_VERSION,
             "observation_space": space_to_plain(self.observation_space),
             "action_space": space_to_plain(self.action_space),
-            "arguments": arguments,
+            "arguments": without_numpy(arguments),
             "state_dict": self.state_dict(),
         }
         with atomic_file(path) as file:

@@ -16,6 +16,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_dreamer_gpld.arguments import KNOWN_ELSEWHERE, check_names
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.parallel import ALONE, Processes, current
 from sb3_dreamer_gpld.policies import DreamerPolicy
@@ -86,6 +87,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
         self.format_version = FORMAT_VERSION
         self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
+        self._reseeded = False  # a loaded run that goes on with random numbers of its own
         self._missing_share: Path | None = None  # of a loaded run: this process's file, if it is not there
         self._counted_first = False  # of a loaded run: VecNormalize's statistics have the observations that it starts from
         self._saved: list[tuple[str, Any]] = []  # by the first process, and not yet by the others: method and path
@@ -179,15 +181,21 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         episode's end goes on bit for bit as if it had not stopped (``compile="auto"`` looks at the steps that are left, and
         may compile one of the two and not the other).
 
-        A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3.
+        A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3; those of the
+        constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own.
 
         :raises FileNotFoundError: there is no such file
+        :raises TypeError: there is no such argument; names the closest one
         :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces than ``env``
         :raises RuntimeError: nets of another size are asked for than those of the file
         """
-        check_model_file(path)
+        attributes = check_model_file(path)
+        inits = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, ResumableAlgorithm)]
+        check_names(cls, inits, [name for name in kwargs if name not in attributes or name in KNOWN_ELSEWHERE])
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
         model._load_share(path)
+        if kwargs.get("seed") is not None:
+            model._rng_states, model._reseeded = None, True
         return model
 
     def save_run(self, folder: str | os.PathLike[str]) -> Path:
@@ -230,7 +238,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param kwargs: further arguments of :meth:`load`
         :return: None: nothing was saved there
         :raises FileNotFoundError: of several processes, the files of one are missing
-        :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`
+        :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`; or the run was saved with VecNormalize, and
+            ``env`` is without it, or the other way round
         """
         processes, missing = current(), None
         files = processes.told_by_first(sorted(_saved_runs(Path(folder)), key=_steps_of_run, reverse=True))
@@ -240,9 +249,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if processes.sums([len(absent)])[0] == 0:
                 model = cls.load(file, env, device, **kwargs)
                 model.load_replay_buffer(file.with_suffix(".pkl"))
-                normalize = model.get_vec_normalize_env()
+                normalize, statistics = model.get_vec_normalize_env(), _statistics_of_run(file)
+                if (normalize is not None) != statistics.is_file():
+                    was, now = ("with", "without") if normalize is None else ("without", "with")
+                    raise ValueError(f"{file} was saved {was} VecNormalize, and env is {now} it; allowed: {was} it, as before")
                 if normalize is not None:
-                    for name, value in pickle.loads(_statistics_of_run(file).read_bytes()).items():
+                    for name, value in pickle.loads(statistics.read_bytes()).items():
                         setattr(normalize, name, value)
                     model._counted_first = True
                 return model
@@ -268,7 +280,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             normalize.training = True
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share", "_counted_first"]
+        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share", "_counted_first", "_reseeded"]
 
     def set_parameters(
         self,
@@ -362,6 +374,6 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             if its != ours:
                 raise ValueError(f"{path} does not belong to this model: its {name} is {its}, the model's {ours}")
         if present is not None:
-            for name in ("storage", "recency", "batch_length"):
+            for name in ("storage", "recency", "batch_length", *(("rng",) if self._reseeded else ())):
                 setattr(loaded, name, getattr(present, name))
         self.replay_buffer = loaded

@@ -130,10 +130,11 @@ def staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 # ------------------------------------------------------------------------------------------- model files
 
 
-def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
+def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> frozenset[str]:
     """Check that a file is a whole model of DreamerGPLD, before any of it is used.
 
     :param path: as given to ``DreamerGPLD.load``
+    :return: names of the attributes in it
     :raises FileNotFoundError: there is no such file
     :raises ValueError: it is truncated, of another algorithm, or of a later version; says which
     """
@@ -163,6 +164,7 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
         kind = str(data.get("policy_class", {}).get("__module__", "an unknown algorithm"))
         raise ValueError(f"{name} was not saved by DreamerGPLD: its policy is of {kind}. Load it with the class that saved it")
     check_version(name, version)
+    return frozenset(data)
 
 
 def check_version(name: object, version: int) -> None:
@@ -221,7 +223,21 @@ def module_tensors(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], 
     return tensors
 
 
-# ------------------------------------------------------------------------------------- spaces as plain data
+# ------------------------------------------------------------------------------- arguments and spaces as plain data
+
+
+def without_numpy(value: Any) -> Any:
+    """An argument with Python's numbers in place of NumPy's, which ``torch.load(weights_only=True)`` does not read.
+
+    :param value: a number, anything else that has no numbers in it, or a dict, list or tuple of such
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: without_numpy(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_numpy(part) for part in value)
+    return value
 
 
 def space_to_plain(space: spaces.Space) -> dict[str, Any]:
@@ -236,7 +252,7 @@ def space_to_plain(space: spaces.Space) -> dict[str, Any]:
         bounds = {name: th.from_numpy(np.array(getattr(space, name))) for name in ("low", "high")}
         return {"kind": "Box", "dtype": space.dtype.name, **bounds}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": space.dtype.name}
     if isinstance(space, spaces.MultiDiscrete):
         return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist(), "dtype": space.dtype.name}
     if isinstance(space, spaces.MultiBinary):
@@ -252,7 +268,8 @@ def plain_to_space(plain: Mapping[str, Any]) -> spaces.Space:
     if kind == "Box":
         return spaces.Box(plain["low"].numpy(), plain["high"].numpy(), dtype=np.dtype(plain["dtype"]).type)
     if kind == "Discrete":
-        return spaces.Discrete(plain["n"], start=plain["start"])
+        dtype = np.dtype(plain.get("dtype", "int64")).type  # earlier files do not name it
+        return spaces.Discrete(plain["n"], start=plain["start"], dtype=dtype)
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(plain["nvec"], dtype=np.dtype(plain["dtype"]).type, start=plain["start"])
-    return spaces.MultiBinary(plain["shape"])
+    return spaces.MultiBinary(plain["shape"][0] if len(plain["shape"]) == 1 else plain["shape"])

@@ -26,14 +26,15 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space]] = {
     "image, 2-d box": (spaces.Box(0, 255, (20, 17, 3), np.uint8), spaces.Box(-2.0, 3.0, (2, 2))),
     "image, discrete": (spaces.Box(0, 255, (1, 16, 20), np.uint8), spaces.Discrete(3)),
     "dict, multi-discrete": (
-        spaces.Dict(
-            {
-                "z": spaces.Box(-1.0, 1.0, (), np.float64),
-                "image": spaces.Box(0, 255, (3, 16, 16), np.uint8),
-                "class": spaces.Discrete(4, start=3),
-                "bits": spaces.MultiBinary((2, 2)),
-                "none": spaces.Box(-1.0, 1.0, (0,)),
-            }
+        spaces.Dict(  # of pairs, which keep their order: two entries of one shape could be taken for each other
+            [
+                ("z", spaces.Box(-1.0, 1.0, (), np.float64)),
+                ("image", spaces.Box(0, 255, (3, 16, 16), np.uint8)),
+                ("class", spaces.Discrete(4, start=3)),
+                ("bits", spaces.MultiBinary((2, 2))),
+                ("none", spaces.Box(-1.0, 1.0, (0,))),
+                ("a", spaces.Box(-1.0, 1.0, (), np.float64)),
+            ]
         ),
         spaces.MultiDiscrete([3, 2]),
     ),
@@ -69,7 +70,7 @@ def test_same_actions_over_episodes_with_resets(name: str, tmp_path: Path) -> No
     step, metadata = load(export_policy(model.policy if "dict" in name else model, tmp_path / "policy"))
     if name == "dict, multi-discrete":
         assert metadata["observation"]["image"] == {"shape": [3, 16, 16], "dtype": "uint8"}
-        assert set(metadata["observation"]) == {"z", "image", "class", "bits"}
+        assert set(metadata["observation"]) == {"z", "image", "class", "bits", "a"}
         assert metadata["state"] == {"deter": [32], "stoch": [4, 4], "action": [5]}
     for n in (1, 2, 3):
         env = DummyVecEnv([lambda: RandomSpaces(*CASES[name])] * n)

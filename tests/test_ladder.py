@@ -77,10 +77,12 @@ def test_rates_and_noise_that_fall() -> None:
     assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([5.5e-4, 5.5e-5])  # type: ignore[attr-defined]
     ladder.set_rates_and_noise(model, arm, 5000)
     assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([1e-4, 1e-5])  # type: ignore[attr-defined]
+    model._follow_attributes()  # type: ignore[attr-defined]  # as learn does
     noise = np.stack([model._exploration() for _ in range(5000)])  # type: ignore[attr-defined]
     assert noise.std() == pytest.approx(0.04, rel=0.15)
     arm.settings["exploration_share"] = model.exploration_share = 0.5  # the first episode has none
     ladder.set_rates_and_noise(model, arm, 500)
+    model._follow_attributes()  # type: ignore[attr-defined]
     assert not model._exploration().any()  # type: ignore[attr-defined, misc]
 
 

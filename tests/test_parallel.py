@@ -183,7 +183,7 @@ from stable_baselines3.common.callbacks import CallbackList, EveryNTimesteps
 from sb3_dreamer_gpld import SaveRunCallback
 model = start().learn(100, callback=CallbackList([CallbackList([SaveRunCallback("run", 40)])]))
 again = DreamerGPLD.load_run("run", Clock(False))
-assert 40 <= again.num_timesteps < 100
+assert again.num_timesteps == 100
 if rank == 1:
     try:
         model.learn(10, callback=EveryNTimesteps(5, SaveRunCallback("run", 40)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -16,6 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -267,6 +269,34 @@ def test_atomic_file_passes_other_errors_on(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_loaded_run_with_a_seed_goes_on_with_other_random_numbers(tmp_path: Path) -> None:
+    trained = model().learn(60)
+    trained.save(tmp_path / "model")
+    trained.save_replay_buffer(tmp_path / "buffer")
+
+    def actions(**kwargs: Any) -> np.ndarray:
+        loaded = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu", **kwargs)
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        drawn = loaded.replay_buffer.rng.random()  # type: ignore[union-attr]
+        loaded.learn(20, reset_num_timesteps=False)
+        return np.append(loaded.replay_buffer.actions[64:80].ravel(), drawn)  # type: ignore[union-attr]
+
+    one = actions(seed=1)
+    assert np.array_equal(one, actions(seed=1)) and np.array_equal(actions(), actions())
+    for other in (actions(seed=2), actions()):
+        assert (one != other).mean() > 0.8 and one[-1] != other[-1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trained: pickle.loads(cloudpickle.dumps(trained))])
+def test_a_copied_model_goes_on(copied: Any) -> None:
+    trained = model().learn(60)
+    other = copied(trained)
+    assert other.learner.policy is other.policy is not trained.policy
+    before = tensors(trained)
+    assert other.learn(20, reset_num_timesteps=False)._n_updates > trained._n_updates
+    assert all(th.equal(tensor, before[name]) for name, tensor in tensors(trained).items())
+
+
 # ------------------------------------------------------------------------------------ foreign and old files
 
 
@@ -304,6 +334,25 @@ def test_damaged_and_foreign_model_files(tmp_path: Path) -> None:
     SAC("MlpPolicy", Clock(), policy_kwargs=dict(net_arch=[4]), buffer_size=10).save(tmp_path / "sac")
     with pytest.raises(ValueError, match=r"sac.zip was not saved by DreamerGPLD: its policy is of stable_baselines3\.sac"):
         DreamerGPLD.load(tmp_path / "sac")
+
+
+def test_arguments_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    """The names of the constructor are allowed, those of a subclass too, and attributes that are saved."""
+
+    class Renamed(DreamerGPLD):
+        def __init__(self, *args: Any, own: int = 0, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    model().save(tmp_path / "model")
+    for wrong, text in (
+        (dict(posterior_penalti=0.0), "'posterior_penalti' does not exist. Did you mean 'posterior_penalty'"),
+        (dict(tau=0.1), "has no argument 'tau': the slow value follows"),
+        (dict(own=3), "'own' does not exist"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            DreamerGPLD.load(tmp_path / "model", **wrong)  # type: ignore[arg-type]
+    loaded = Renamed.load(tmp_path / "model", own=3, gamma=0.5, num_timesteps=7, replay_buffer_kwargs=None)
+    assert loaded.gamma == 0.5 and loaded.num_timesteps == 7
 
 
 def test_files_of_other_sizes_and_spaces(tmp_path: Path) -> None:
@@ -450,8 +499,10 @@ SPACES = [
     spaces.Box(-1.0, np.inf, (2, 3), np.float64),
     spaces.Box(0, 255, (16, 16, 3), np.uint8),
     spaces.Discrete(4, start=-2),
+    spaces.Discrete(3, dtype=np.int32),
     spaces.MultiDiscrete([2, 3], start=[1, 0]),
     spaces.MultiBinary((2, 2)),
+    spaces.MultiBinary(4),
     spaces.Dict({"b": spaces.Discrete(2), "a": spaces.Box(0.0, 1.0, ())}),
 ]
 
@@ -462,7 +513,7 @@ def test_spaces_as_plain_data(space: spaces.Space) -> None:
     th.save(space_to_plain(space), stream)
     stream.seek(0)
     back = plain_to_space(th.load(stream, weights_only=True))
-    assert back == space and back.dtype == space.dtype
+    assert back == space and back.dtype == space.dtype and getattr(back, "n", None) == getattr(space, "n", None)
     if isinstance(space, spaces.Dict):
         assert list(back.spaces) == list(space.spaces)  # type: ignore[attr-defined]
 
@@ -485,6 +536,15 @@ def test_policy_files_load_with_weights_only(tmp_path: Path) -> None:
     for name in ("model.zip", "cut.pth"):
         with pytest.raises(ValueError, match=f"{name} is no file of MlpPolicy.save.*DreamerGPLD.load"):
             type(trained.policy).load(tmp_path / name)
+
+
+def test_policy_files_have_no_numbers_of_numpy(tmp_path: Path) -> None:
+    planner = dict(samples=np.int64(8), policy_samples=2, elites=np.int32(4), temperature=np.float32(0.5))
+    kwargs: dict[str, Any] = dict(units=np.int64(16), reconstruction_weight=np.float64(2.0), net_arch=[np.int64(8)])
+    policy = model(policy_kwargs=kwargs, planner=planner).policy
+    policy.save(tmp_path / "policy")
+    loaded = type(policy).load(tmp_path / "policy", device="cpu")
+    assert loaded.config == policy.config and loaded.planner is not None and loaded.planner.config.samples == 8
 
 
 def test_a_loaded_buffer_is_drawn_as_the_model_says(tmp_path: Path) -> None:

@@ -356,3 +356,53 @@ def test_the_penalty_on_the_policy_is_a_loss_of_the_update() -> None:
     assert set(with_it) - set(without) == {"loss/policy_penalty"} and with_it["loss/policy_penalty"] > 0
     added = with_it["loss/total"] - without["loss/total"]
     assert added == pytest.approx(10.0 * with_it["loss/policy_penalty"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------ attributes that change
+
+
+def test_learn_follows_attributes_that_have_changed() -> None:
+    model = tiny(RandomSpaces(BOX, BOX), exploration_noise=0.3).learn(40)
+    updates, noise = model._n_updates, model._exploration
+    model.batch_length, model.exploration_noise = 4, 0.1
+    assert model.replay_buffer is not None
+    model.learn(32, reset_num_timesteps=False)
+    assert model.replay_buffer.sample(2).rewards.shape == (2, 4) and model._n_updates - updates == 32 * 4 // (4 * 4)
+    assert model._exploration is not noise
+    noise = model._exploration
+    model.learn(2, reset_num_timesteps=False)
+    assert model._exploration is noise
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("gamma", 2.0, "gamma must be a number in"),
+        ("batch_length", 0, "batch_length must be"),
+        ("penalty_rows", 99, "penalty_rows must be at most 4"),
+        ("planner", "mppi", r"planner='mppi' has changed since the policy was made; allowed: as it was, or save the model"),
+    ],
+)
+def test_attributes_of_wrong_values_are_refused_before_the_first_step(name: str, value: Any, message: str) -> None:
+    model = tiny(RandomSpaces(BOX, BOX)).learn(10)
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=message):
+        model.learn(10, reset_num_timesteps=False)
+    assert model.num_timesteps == 10
+
+
+def test_a_planner_of_the_policy_stays() -> None:
+    model = tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(planner=dict(samples=8, policy_samples=2, elites=2, iterations=1)))
+    model.learn(5)
+    assert model.policy.planner is not None and model.planner is None
+
+
+def test_a_buffer_without_room_for_a_window_is_refused() -> None:
+    """There would be no update, ever; with gradient_steps shorter windows are drawn."""
+    env = make_vec_env(lambda: RandomSpaces(BOX, BOX), 4)
+    with pytest.raises(
+        ValueError, match=r"buffer_size=32 makes 8 rows for each of 4 environments, in which no window of batch_"
+    ):
+        tiny(env, buffer_size=32).learn(100)
+    assert tiny(env, buffer_size=36).learn(200)._n_updates > 0
+    assert tiny(env, buffer_size=32, gradient_steps=1, learning_starts=16).learn(100)._n_updates > 0

@@ -235,7 +235,6 @@ def set_rates_and_noise(model: OffPolicyAlgorithm, arm: Arm, frames: int) -> Non
     if arm.fade_frames is not None:
         assert isinstance(model, DreamerGPLD)
         model.exploration_noise = arm.settings["exploration_noise"] * share_left(frames, arm.fade_frames)
-        model._exploration = model._make_exploration()
 
 
 def evaluate(model: OffPolicyAlgorithm, arm: Arm, job: Job, frames: int) -> None:

@@ -99,6 +99,13 @@ def check_entry(entry: dict[str, Any]) -> list[str]:
     problems += [f"{key}: this key is missing" for key in ("n_timesteps", "policy") if key not in entry]
     if ("noise_type" in entry) != ("noise_std" in entry):
         problems.append("noise_type: noise_type and noise_std need each other")
+    if entry.get("normalize") and entry.get("frame_stack"):
+        problems.append(
+            "normalize: rl_zoo3 stacks frames around VecNormalize, which must be the outermost wrapper here; allowed: one of "
+            "the two, or policy_kwargs normalize_vectors in place of normalize"
+        )
+    if entry.get("n_envs", 1) != 1 and "episode" in str(entry.get("train_freq")):
+        problems.append(f"train_freq: episodes cannot be counted in n_envs={entry['n_envs']} environments; allowed: steps")
     pixels = _PIXELS in str(entry.get("env_wrapper"))
     error = _build_error(arguments, pixels)
     if error is not None:

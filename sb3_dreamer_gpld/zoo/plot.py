@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sb3_dreamer_gpld.saving import atomic_file
+from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
 
 # Returns of dm_control's tasks lie between 0 and this
 LARGEST_RETURN = 1000.0
@@ -120,7 +121,9 @@ def read_runs(folders: list[str], labels: list[str] | None, algos: list[str]) ->
                     name = f"{folder}: {setting}" if len(folders) > 1 else setting
                 # <environment>_<number of the run>, and the unique name that --uuid adds
                 task = re.sub(r"_\d+(_[0-9a-f-]{36})?$", "", file.parent.name)
-                log = np.load(file)
+                log = read_evaluations(file)
+                if log is None:
+                    continue
                 run = Run(log["timesteps"], log["results"].reshape(len(log["timesteps"]), -1).mean(1))
                 runs.setdefault(task, {}).setdefault(name, []).append(run)
     return runs

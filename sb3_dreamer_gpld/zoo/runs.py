@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
-import numpy as np
 import rl_zoo3.train
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
@@ -28,6 +27,7 @@ from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
+from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
 
 try:
     import fcntl
@@ -56,6 +56,8 @@ class Experiment(ExperimentManager):
         self.params_path = f"{self.save_path}/{self.env_name}"
         self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
         self.saved = 0 if folder is None else steps_saved(Path(folder))
+        if folder is not None:
+            self._check_folder(Path(folder))
         self.done = self.total = 0  # steps that the run had made when it was saved, and all that it shall make
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
@@ -81,6 +83,18 @@ class Experiment(ExperimentManager):
                 restore_evaluations(callback, self.done)
         return model, hyperparams
 
+    def _check_folder(self, folder: Path) -> None:
+        """:raises SystemExit: a run of another environment is in the folder, or one that cannot go on"""
+        others = [file.parent for file in folder.rglob("args.yml") if file.parent != Path(self.params_path)]
+        if others:
+            name = others[0].relative_to(folder)
+            fail(f"--run-folder {folder}: the run there is of {name}, not of {self.env_name}. Allowed: another folder")
+        if not self.saved and (folder / FINISHED).exists():
+            fail(
+                f"--run-folder {folder}: the run there was made without --save-run, so that it cannot go on, and would be "
+                "overwritten. Allowed: another folder"
+            )
+
     def _check_hyperparameters(self) -> None:
         """:raises SystemExit: a saved run would go on with other hyperparameters than it was begun with"""
         file = Path(self.params_path) / "config.yml"
@@ -88,7 +102,11 @@ class Experiment(ExperimentManager):
             return
         with contextlib.redirect_stdout(io.StringIO()):
             _, now = self.read_hyperparameters()
-        before = dict(yaml.load(file.read_text(), Loader=yaml.UnsafeLoader))  # of this run, whose model is loaded as well
+        # Files of this run, whose model is loaded as well
+        before, given = (
+            dict(yaml.load(each.read_text(), Loader=yaml.UnsafeLoader)) for each in (file, file.with_name("args.yml"))
+        )
+        before["--env-kwargs"], now["--env-kwargs"] = given["env_kwargs"], self.args.env_kwargs
         differing = sorted(
             name for name in before.keys() | now.keys() if name != "n_timesteps" and before.get(name) != now.get(name)
         )
@@ -222,13 +240,17 @@ def rewind_monitor(file: Path, episodes: int | None) -> None:
 def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
     """Give a callback the evaluations that a run made before it was stopped; SB3 writes the file anew each time.
 
+    A file that cannot be read, since the run was killed while it was written, is left behind with a warning.
+
     :param callback: of the run that goes on
     :param num_timesteps: from where; later evaluations are made again
     """
     file = callback.log_path and f"{callback.log_path}.npz"
     if not file or not os.path.isfile(file):
         return
-    log = np.load(file)
+    log = read_evaluations(Path(file))
+    if log is None:
+        return
     kept = log["timesteps"] <= num_timesteps
     if kept.any():
         callback.evaluations_timesteps = log["timesteps"][kept].tolist()

@@ -97,7 +97,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--address", help='of a Ray cluster, "auto" for the one that runs here (default: this machine alone)')
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages that register environments")
     options = parser.parse_args(args)
-    options.arms = [arm for word in options.arms for arm in word.split(",")]
+    options.arms = list(dict.fromkeys(arm for word in options.arms for arm in word.split(",")))
     return options
 
 

@@ -171,8 +171,9 @@ def test_names_all_mistakes_of_an_entry() -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"learning_rate": "lin_3e-4", "n_timesteps": 1e6, "n_envs": 4, "train_freq": [1, "episode"], "gradient_steps": -1},
-        {"normalize": True, "monitor_kwargs": "dict(info_keywords=('a',))", "env_kwargs": {"g": 9.81}, "frame_stack": 2},
+        {"learning_rate": "lin_3e-4", "n_timesteps": 1e6, "n_envs": 4, "train_freq": 4, "gradient_steps": -1},
+        {"train_freq": [1, "episode"], "n_envs": 1, "normalize": False, "frame_stack": 2},
+        {"normalize": True, "monitor_kwargs": "dict(info_keywords=('a',))", "env_kwargs": {"g": 9.81}},
         {"normalize": "dict(norm_obs=True, norm_reward=False)", "noise_type": "normal", "noise_std": 0.1},
         {"policy_kwargs": "dict(net_arch=[16], optimizer_kwargs=dict(eps=1e-8))", "policy": "MultiInputPolicy"},
         {"policy_kwargs": {"deter": 36, "blocks": 4, "stoch": 40}, "penalty_rows": 40},
@@ -185,6 +186,18 @@ def test_names_all_mistakes_of_an_entry() -> None:
 )
 def test_accepts_what_rl_zoo3_accepts(entry: dict[str, Any]) -> None:
     assert check.check_entry({**PLAIN, **entry}) == []
+
+
+@pytest.mark.parametrize(
+    "entry, problem",
+    [
+        ({"normalize": True, "frame_stack": 2}, "normalize: rl_zoo3 stacks frames around VecNormalize"),
+        ({"n_envs": 2, "train_freq": [1, "episode"]}, "train_freq: episodes cannot be counted in n_envs=2 environments"),
+    ],
+)
+def test_what_does_not_go_together(entry: dict[str, Any], problem: str) -> None:
+    (found,) = check.check_entry({**PLAIN, **entry})
+    assert found.startswith(problem)
 
 
 def test_check_lists_the_problems_of_all_entries(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,14 +18,16 @@ import yaml
 pytest.importorskip("rl_zoo3")
 
 from stable_baselines3 import PPO  # noqa: E402
-from stable_baselines3.common.callbacks import EvalCallback  # noqa: E402
+from stable_baselines3.common.callbacks import ConvertCallback, EvalCallback, EveryNTimesteps  # noqa: E402
 from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
 from test_saving import Clock, assert_same  # noqa: E402
 
 from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
+from sb3_dreamer_gpld.resumable import steps_saved  # noqa: E402
 from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
+from sb3_dreamer_gpld.zoo.main import main  # noqa: E402
 from sb3_dreamer_gpld.zoo.runs import (  # noqa: E402
     SaveMonitoredRun,
     lock,
@@ -84,14 +86,20 @@ def kill_when(command: list[str], folder: Path, there: Callable[[], bool], patte
 def test_a_run_is_saved_from_time_to_time_and_goes_on(tmp_path: Path) -> None:
     env = RandomSpaces(BOX, BOX)  # episodes of 10 steps
     assert DreamerGPLD.load_run(tmp_path / "run", env) is None
-    model = tiny(env).learn(47, callback=SaveRunCallback(tmp_path / "run", every=15))
+    saved: list[int] = []
+    watch = ConvertCallback(lambda *_: saved.append(steps_saved(tmp_path / "run")) or True)
+    model = tiny(env).learn(47, callback=[SaveRunCallback(tmp_path / "run", every=15), watch])
+    assert sorted(set(saved)) == [0, 20, 40]  # at the ends of episodes after 15 and 35 steps
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert files == ["run_40_steps.pkl", "run_40_steps.zip"]  # at the ends of episodes after 15 and 35 steps
+    assert files == ["run_47_steps.pkl", "run_47_steps.zip"]  # and at the end
     loaded = DreamerGPLD.load_run(tmp_path / "run", env, device="cpu")
-    assert loaded is not None and loaded.num_timesteps == 40 and loaded._n_updates < model._n_updates + 1
-    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 44  # and four last observations
-    loaded.learn(20, reset_num_timesteps=False)
-    assert loaded.num_timesteps == 60
+    assert loaded is not None and loaded.num_timesteps == 47 and loaded._n_updates == model._n_updates
+    assert loaded.replay_buffer is not None and loaded.replay_buffer.size() == 51  # and four last observations
+    loaded.learn(20, reset_num_timesteps=False, callback=SaveRunCallback(tmp_path / "run", every=100))
+    assert loaded.num_timesteps == steps_saved(tmp_path / "run") == 67
+    before = (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns
+    loaded.learn(0, reset_num_timesteps=False, callback=SaveRunCallback(tmp_path / "run", every=100))
+    assert (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns == before
 
 
 def test_a_run_without_its_buffer_is_not_begun_anew(tmp_path: Path) -> None:
@@ -164,7 +172,7 @@ def test_a_run_of_two_processes_goes_on_when_one_was_killed(tmp_path: Path, conf
     assert {
         "dm_control-cartpole-balance-v0.zip",
         "dm_control-cartpole-balance-v0.rank1.pt",
-        "run_2000_steps.rank1.pkl",
+        "run_3000_steps.rank1.pkl",
     } <= names
     assert DreamerGPLD.load(run / "dm_control-cartpole-balance-v0.zip").num_timesteps == 3000
 
@@ -209,6 +217,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
 def test_arms_are_written_with_spaces_or_commas() -> None:
     for words in (["gpld,v3", "wide"], ["gpld", "v3", "wide"]):
         assert sweep.parse(["--tasks", "Pendulum-v1", "--arms", *words]).arms == ["gpld", "v3", "wide"]
+    assert sweep.parse(["--tasks", "Pendulum-v1", "--arms", "v3,gpld", "v3"]).arms == ["v3", "gpld"]
 
 
 def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
@@ -257,9 +266,9 @@ def test_a_run_knows_how_many_episodes_its_monitors_had(tmp_path: Path) -> None:
     tiny(env).learn(47, callback=SaveMonitoredRun(tmp_path, every=15))
     assert len(load_results(str(tmp_path))) == 4
     assert sorted(path.name for path in tmp_path.glob("run*")) == [
-        "run_40_steps.pkl", "run_40_steps.zip", "run_40_steps_monitors.json"
+        "run_47_steps.pkl", "run_47_steps.zip", "run_47_steps_monitors.json"
     ]  # fmt: skip
-    assert monitored_episodes(tmp_path, 40) == {"0.monitor.csv": 4} and monitored_episodes(tmp_path, 20) == {}
+    assert monitored_episodes(tmp_path, 47) == {"0.monitor.csv": 4} and monitored_episodes(tmp_path, 20) == {}
 
 
 def test_a_run_that_was_killed_while_it_was_saved_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -315,6 +324,59 @@ def test_a_run_with_vec_normalize_goes_on_exactly(tmp_path: Path) -> None:
 def test_the_callback_is_for_this_algorithm(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="SaveRunCallback saves a DreamerGPLD model, not a PPO"):
         PPO("MlpPolicy", RandomSpaces(BOX, BOX), n_steps=8, batch_size=8).learn(8, callback=SaveRunCallback(tmp_path, 5))
+
+
+def test_a_callback_that_could_never_save_is_refused_at_the_beginning(tmp_path: Path) -> None:
+    model = tiny(RandomSpaces(BOX, BOX))
+    with pytest.raises(ValueError, match=r"of which EveryNTimesteps does not tell it; allowed: give it to learn by itself"):
+        model.learn(20, callback=EveryNTimesteps(5, SaveRunCallback(tmp_path / "run", 5)))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
+        model.learn(20, callback=SaveRunCallback(tmp_path / "file", 5))
+    assert model.num_timesteps == 0
+
+
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_a_run_goes_on_with_vec_normalize_or_without_it(before: bool, after: bool, tmp_path: Path) -> None:
+    envs = {True: normalized(), False: DummyVecEnv([Clock])}
+    tiny(envs[before], "MlpPolicy").learn(20).save_run(tmp_path)
+    with pytest.raises(ValueError, match=rf"was saved with{'' if before else 'out'} VecNormalize, and env is with"):
+        DreamerGPLD.load_run(tmp_path, envs[after], device="cpu")
+
+
+def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """``dreamer-gpld train`` with the tests' settings, in this process."""
+    monkeypatch.chdir(folder)
+    main(["train", "-conf", "settings.yml", "--eval-freq", "-1", "--run-folder", "run", *words])
+
+
+def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another environment, of other arguments of it, or one that cannot go on, is neither taken up nor overwritten."""
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--save-run", "10")
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("run_*")}
+    assert len(files) == 3
+    with pytest.raises(SystemExit, match=r"--run-folder run: the run there is of Pendulum-v1, not of CartPole-v1. Allowed"):
+        begin(tmp_path, monkeypatch, "--env", "CartPole-v1", "-n", "20", "--save-run", "10")
+    with pytest.raises(SystemExit, match=r"other hyperparameters \(--env-kwargs None -> \{'g': 5.0\}\)"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "40", "--save-run", "10", "--env-kwargs", "g:5.0")
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--save-run", "10")  # there is nothing to do
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("run_*")} == files
+    for file in files:
+        file.unlink()
+    with pytest.raises(SystemExit, match="made without --save-run, so that it cannot go on, and would be overwritten"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+def test_evaluations_that_cannot_be_read_do_not_stop_a_run(tmp_path: Path) -> None:
+    """Stable-Baselines3 writes their file in place, and a run may be killed in between."""
+    np.savez(tmp_path / "evaluations.npz", timesteps=[10], results=[[1.0]], ep_lengths=[[3]])
+    whole = (tmp_path / "evaluations.npz").read_bytes()
+    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path))
+    for part in (b"", whole[: len(whole) // 2]):
+        (tmp_path / "evaluations.npz").write_bytes(part)
+        with pytest.warns(UserWarning, match="evaluations.npz cannot be read and is left out"):
+            restore_evaluations(callback, 100)
+    assert callback.evaluations_timesteps == []
 
 
 def test_a_run_that_fails_shows_the_end_of_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
