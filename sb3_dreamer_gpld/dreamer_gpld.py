@@ -41,7 +41,7 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
-from sb3_dreamer_gpld.pace import Pace, tell, warn_if_too_short
+from sb3_dreamer_gpld.pace import Pace, tell, warn_without_updates
 from sb3_dreamer_gpld.planning import PlannerConfig
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.replay.refresh import LatentRefresh
@@ -322,12 +322,6 @@ class DreamerGPLD(ResumableAlgorithm):
             self.replay_buffer.batch_length = self.batch_length
         if self._explored_with != (self.exploration_noise, self.exploration_share):
             self._renew_exploration()
-        if self.gradient_steps is None and self.replay_buffer.buffer_size <= self.replay_buffer.batch_length:
-            raise ValueError(
-                f"buffer_size={self.buffer_size} makes {self.replay_buffer.buffer_size} rows for each of {self.n_envs} "
-                f"environments, in which no window of batch_length={self.replay_buffer.batch_length} steps and the one before "
-                "them fits: there would be no update; allowed: a larger buffer_size, or a smaller batch_length"
-            )
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -481,7 +475,7 @@ class DreamerGPLD(ResumableAlgorithm):
         :param reset_num_timesteps: start counting afresh, and reset the environment
         :param progress_bar: show one
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
-        :raises ValueError: an attribute has changed to a value that is not allowed; or no window fits into the replay buffer
+        :raises ValueError: an attribute has changed to a value that is not allowed
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         :raises FileNotFoundError: of several processes that go on, this one's share of the model is missing
         """
@@ -513,7 +507,7 @@ class DreamerGPLD(ResumableAlgorithm):
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         if reset_num_timesteps:  # one that goes on may be cut into short pieces
-            warn_if_too_short(self, total_timesteps)
+            warn_without_updates(self, total_timesteps)
         pace = Pace(total_timesteps)
         while self.num_timesteps < total_timesteps:
             with naming_environments(self):
