@@ -312,9 +312,14 @@ class DreamerPolicy(BasePolicy):
     def _checked_state(self, state: tuple[np.ndarray, ...], n_envs: int) -> RecurrentState:
         """The state that the caller of :meth:`predict` hands back.
 
-        :raises ValueError: it is of another number of environments, or of another planner
+        :raises ValueError: it is of another number of environments, or of another planner or policy
         """
-        memory = RecurrentState(*(th.as_tensor(x, device=self.device) for x in state))
+        if len(state) not in (3, 4):
+            raise ValueError(
+                f"state has {len(state)} parts; allowed: a state that this policy returned, which has three, and a fourth "
+                "with a planner, or None where all episodes start"
+            )
+        memory = RecurrentState(*(th.as_tensor(x, dtype=th.float32, device=self.device) for x in state))
         if len(memory.deter) != n_envs:
             raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n_envs} observations")
         expected = None if self.planner is None else self.planner.initial(memory.action).shape[1:]

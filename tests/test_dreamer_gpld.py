@@ -243,6 +243,12 @@ def test_predict_keeps_and_drops_the_state() -> None:
     assert model.predict(observation[:1])[0].shape == (1, 3) and model.predict(observation[0])[0].shape == (3,)
     with pytest.raises(ValueError, match="state belongs to 3 environments, but there are 1"):
         model.predict(observation[:1], fresh)
+    with pytest.raises(ValueError, match="state has 2 parts; allowed: a state that this policy returned"):
+        model.predict(observation, fresh[:2])  # as RecurrentPPO's
+    np.testing.assert_array_equal(
+        model.predict(observation, tuple(x.astype(np.float64) for x in fresh), deterministic=True)[1][0],
+        second[0],  # type: ignore[index]
+    )
     with pytest.raises(ValueError, match="mixing Gym API"):
         model.predict((observation, {}))
 

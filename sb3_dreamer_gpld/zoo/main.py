@@ -91,6 +91,9 @@ def _optimize(args: list[str]) -> None:
         fail("rl_zoo3 writes the report of a study with pandas: pip install pandas")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fail("optimize cannot be started by torchrun: start it as often as you like, with the same --storage")
+    for option in ("--run-folder", "--save-run"):
+        if take(args, option)[0] is not None:
+            fail(f"{option} is for train: a trial does not go on; allowed: --storage, with which the study goes on")
     with tolerant_studies():
         _train([*args, "-optimize"], "optimize")
 

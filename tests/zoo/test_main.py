@@ -46,6 +46,11 @@ def test_ways_to_start_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         ("train --env Pendulum-v1 -i nothing.zip", "nothing.zip"),
         ("train --env Pendulum-v1 --gym-packages no_package", "No module named 'no_package'"),
         ("optimize --env Pendulm-v1", "Did you mean 'Pendulum-v1'"),
+        (
+            "optimize --env Pendulum-v1 --run-folder run",
+            "--run-folder is for train: a trial does not go on; allowed: --storage",
+        ),
+        ("optimize --env Pendulum-v1 --save-run 10", "--save-run is for train"),
         ("enjoy --env Pendulum-v1 --no-render", "Train an agent first"),
         ("enjoy --env Pendulum-v1 --no-render --exp-id 3", "Pendulum-v1_3 folder was not found"),
         ("record-video --env Pendulum-v1", "Train an agent first"),
