@@ -149,9 +149,8 @@ def _write_pt2(program: th.export.ExportedProgram, policy: DreamerPolicy, file: 
 def _write_onnx(program: th.export.ExportedProgram, policy: DreamerPolicy, file: IO[bytes]) -> None:
     import onnx_ir
 
-    observations = [
-        f"observation.{name}" if name else "observation" for name in _observation_spaces(policy)
-    ]  # in the order of the program's inputs
+    # In the order of the program's inputs, which is that of the space
+    observations = [f"observation.{name}" if name else "observation" for name in _observation_spaces(policy)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of PyTorch about itself
         found = th.onnx.export(
