@@ -285,7 +285,7 @@ def returns_table(found: Seeds) -> Iterator[str]:
 
 
 def weights_table(_: Seeds) -> Iterator[str]:
-    """Markdown: the better penalty with other weights, over the tasks and seeds that these have finished."""
+    """Markdown: the better penalty with other weights, over the tasks and seeds that these have finished; what they change."""
     arm = better()
     found = complete(other_weights(arm)) if arm else Seeds((), ())
     if arm is None or not found.seeds:
@@ -294,9 +294,16 @@ def weights_table(_: Seeds) -> Iterator[str]:
     yield f"| λ₀ on {ARMS[arm]} | score | interquartile mean | minus none, same seeds | probability of improvement over none |"
     yield "| --- | --- | --- | --- | --- |"
     weak, strong = other_weights(arm)
+    by_weight = {WEIGHTS[0]: weak, "0.5": arm, WEIGHTS[1]: strong}
     for score in SCORES.values():
-        for name, weight in ((weak, WEIGHTS[0]), (arm, "0.5"), (strong, WEIGHTS[1])):
+        for weight, name in by_weight.items():
             yield f"| {weight} | {score.title} | {compared(name, score, found.tasks, found.seeds)} |"
+    yield ""
+    yield f"| measure, relative to none | {' | '.join(by_weight)} |"
+    yield "| --- " * (len(by_weight) + 1) + "|"
+    none, by_arm = measured(NONE, found), {name: measured(name, found) for name in by_weight.values()}
+    for measure, title in MEASURES.items():
+        yield f"| {title} | {' | '.join(f'{ratio(each[measure], none[measure]):.2f}' for each in by_arm.values())} |"
 
 
 def tasks_table(found: Seeds) -> Iterator[str]:

@@ -138,7 +138,7 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
 
 
 def check_with_nets(algorithm: DreamerGPLD) -> None:
-    """Look at the arguments that depend on the nets, or are part of them.
+    """Look at the arguments that depend on the nets, or on their optimiser.
 
     :param algorithm: with its policy
     :raises ValueError: a value is not allowed; the text names the argument and what is
@@ -153,11 +153,11 @@ def check_with_nets(algorithm: DreamerGPLD) -> None:
             "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
             f"not {algorithm.batch_size} * {algorithm.batch_length}"
         )
-    made_with = None if policy.planner is None else policy.planner.config
-    if "planner" not in algorithm.policy_kwargs and PlannerConfig.make(algorithm.planner, policy.action_spec) != made_with:
+    rate, has_own = algorithm.actor_learning_rate, len(policy.optimizer.param_groups) > 1
+    if (rate is not None) != has_own:
         raise ValueError(
-            f"planner={algorithm.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
-            "load(path, planner=...)"
+            f"actor_learning_rate={rate!r} has changed since the model was made; allowed: "
+            f"{'a learning rate' if has_own else None}"
         )
 
 

@@ -17,7 +17,7 @@ def callbacks_of_all(callback: Any) -> list[BaseCallback]:
     """Those callbacks that every process calls which learns with others, by their attribute ``in_all_processes``.
 
     :param callback: as ``learn`` takes it: None, a function, a callback, or a list of them
-    :raises ValueError: one of them is called by another callback, which not every process calls
+    :raises ValueError: one of them is called by another callback, which not every process calls, and not at every step
     """
     if isinstance(callback, CallbackList):
         callback = callback.callbacks
@@ -26,8 +26,8 @@ def callbacks_of_all(callback: Any) -> list[BaseCallback]:
     inner = callback.callback if isinstance(callback, EventCallback) else None
     if inner is not None and callbacks_of_all(inner):
         raise ValueError(
-            f"{type(inner).__name__} must be called in all processes, and {type(callback).__name__} would call it in one; "
-            "allowed: give it to learn by itself"
+            f"{type(inner).__name__} must be told of everything, in all processes, and {type(callback).__name__} would call "
+            "it at some steps, in one; allowed: give it to learn by itself, or in a list"
         )
     return [callback] if getattr(callback, "in_all_processes", False) else []
 
@@ -41,13 +41,13 @@ class SaveRunCallback(BaseCallback):
         model.learn(steps - model.num_timesteps, callback=callback, reset_num_timesteps=False)
 
     It saves when an episode has ended in all environments, from where a run goes on exactly, or ``every`` steps later than it
-    wanted to; and at the end of ``learn``. The files of the time before are removed when the new ones are complete. Of several
-    processes each saves its share.
+    wanted to; and when ``learn`` has made all its steps. The files of the time before are removed when the new ones are
+    complete. Of several processes each saves its share.
 
     :param folder: of the run, which is made if it is not there
     :param every: environment steps
     :param verbose: 1: print what was saved
-    :raises ValueError: ``every`` is no whole number of at least 1; and in ``learn``, another callback than a list calls it
+    :raises ValueError: ``every`` is no whole number of at least 1; and by ``learn``, another callback than a list calls it
     :raises NotADirectoryError, PermissionError: in ``learn``, nothing can be written in the folder
     """
 
@@ -61,11 +61,6 @@ class SaveRunCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, ResumableAlgorithm):
             raise TypeError(f"SaveRunCallback saves a DreamerGPLD model, not a {type(self.model).__name__}")
-        if isinstance(self.parent, EventCallback):
-            raise ValueError(
-                f"SaveRunCallback saves between two steps, of which {type(self.parent).__name__} does not tell it; allowed: "
-                "give it to learn by itself, or in a list"
-            )
         check_writable(self.folder)
 
     def _on_training_start(self) -> None:
@@ -73,9 +68,11 @@ class SaveRunCallback(BaseCallback):
         self._due = self._known + self.every
 
     def _on_training_end(self) -> None:
-        assert isinstance(self.model, ResumableAlgorithm)
-        if self.model.num_timesteps > self._known:
-            self._save(self.model)
+        """Of a run that was interrupted nothing is saved: rl_zoo3 calls this then, too, in one process."""
+        model = self.model
+        assert isinstance(model, ResumableAlgorithm)
+        if model._total_timesteps <= model.num_timesteps != self._known:
+            self._save(model)
 
     def _on_rollout_start(self) -> None:
         """Here all that came before is stored and learned from."""

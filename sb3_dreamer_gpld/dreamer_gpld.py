@@ -41,7 +41,7 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
-from sb3_dreamer_gpld.pace import Pace, tell, warn_without_updates
+from sb3_dreamer_gpld.pace import Pace, tell, warn_without_room, warn_without_updates
 from sb3_dreamer_gpld.planning import PlannerConfig
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.replay.refresh import LatentRefresh
@@ -280,6 +280,7 @@ class DreamerGPLD(ResumableAlgorithm):
             **{"model_size": self.model_size, "planner": self.planner, **own_rate, **self.policy_kwargs},
         )
         self.policy = self.policy.to(self.device)
+        self._planned_with = self.planner
         check_with_nets(self)
         if self.verbose >= 1 and self.batch_size * self.batch_length > 4 * PUBLISHED_STEPS:
             times = self.batch_size * self.batch_length / PUBLISHED_STEPS
@@ -317,11 +318,20 @@ class DreamerGPLD(ResumableAlgorithm):
         """
         check_arguments(self)
         check_with_nets(self)
+        if self.planner != self._planned_with:
+            raise ValueError(
+                f"planner={self.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
+                "load(path, planner=...)"
+            )
+        self._setup_lr_schedule()
+        self._convert_train_freq()
+        check_processes(self)
         assert self.replay_buffer is not None
         if "batch_length" not in (self.replay_buffer_kwargs or {}):
             self.replay_buffer.batch_length = self.batch_length
         if self._explored_with != (self.exploration_noise, self.exploration_share):
             self._renew_exploration()
+        warn_without_room(self)
 
     def _own_seed(self, seed: int) -> int:
         """The seed of this process, for one of all processes."""
@@ -479,8 +489,9 @@ class DreamerGPLD(ResumableAlgorithm):
         :raises RuntimeError: the process of an environment ended; names the environment and the exit code
         :raises FileNotFoundError: of several processes that go on, this one's share of the model is missing
         """
+        of_all = callbacks_of_all(callback)
         if not self.processes.is_first:
-            callback, progress_bar = callbacks_of_all(callback), False
+            callback, progress_bar = of_all, False
         if not reset_num_timesteps and self._missing_share is not None:
             raise FileNotFoundError(
                 f"{self._missing_share} is missing, the share of process {self.processes.rank} of {self.processes.size} "
@@ -661,6 +672,7 @@ class DreamerGPLD(ResumableAlgorithm):
             "_latents",
             "_exploration",
             "_explored_with",
+            "_planned_with",
             "_lr_schedules",
             "learner",
             "update_ratio",

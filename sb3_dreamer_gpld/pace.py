@@ -87,8 +87,24 @@ def tell(text: str | None, callback: BaseCallback, verbose: int) -> None:
             part.pbar.set_description(text)
 
 
+def warn_without_room(algorithm: DreamerGPLD) -> None:
+    """Warn of a replay buffer that never has enough to learn from.
+
+    :param algorithm: about to learn
+    """
+    buffer = algorithm.replay_buffer
+    assert buffer is not None
+    if algorithm.gradient_steps is None and algorithm.train_ratio and buffer.buffer_size <= buffer.batch_length:
+        warnings.warn(
+            f"There will be no update: buffer_size={algorithm.buffer_size} is {buffer.buffer_size} rows for each of "
+            f"{algorithm.n_envs} environments, in which no window of batch_length={buffer.batch_length} steps and the one "
+            "before them fits",
+            stacklevel=4,
+        )
+
+
 def warn_without_updates(algorithm: DreamerGPLD, total_timesteps: int) -> None:
-    """Warn of a run that ends before there is enough to learn from, or whose replay buffer never has enough.
+    """Warn of a run that ends before there is enough to learn from.
 
     :param algorithm: about to learn
     :param total_timesteps: environment steps at which the run ends
@@ -96,18 +112,9 @@ def warn_without_updates(algorithm: DreamerGPLD, total_timesteps: int) -> None:
     updates = algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps
     if algorithm._n_updates or not updates or total_timesteps <= algorithm.num_timesteps:
         return
-    buffer = algorithm.replay_buffer
-    assert buffer is not None
-    if algorithm.gradient_steps is None and buffer.buffer_size <= buffer.batch_length:
-        warnings.warn(
-            f"There will be no update: buffer_size={algorithm.buffer_size} is {buffer.buffer_size} rows for each of "
-            f"{algorithm.n_envs} environments, in which no window of batch_length={buffer.batch_length} steps and the one "
-            "before them fits",
-            stacklevel=3,
-        )
-        return
+    assert algorithm.replay_buffer is not None
     if algorithm.gradient_steps is None:
-        stored = int(buffer.stored_rows().sum())
+        stored = int(algorithm.replay_buffer.stored_rows().sum())
         missing = algorithm.learning_starts - stored - (total_timesteps - algorithm.num_timesteps)
     else:
         missing = algorithm.learning_starts - total_timesteps

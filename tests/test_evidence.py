@@ -140,9 +140,10 @@ def test_other_weights_of_the_better_penalty(results: Path, tmp_path: Path, monk
     for arm, base in (("penalty-both-0.05", 400.0), ("penalty-both-5", 600.0)):
         (tmp_path / arm).mkdir()
         for seed in SEEDS[:2]:
-            write_run(Job(arm, "reacher-hard", seed, FRAMES), np.full(40, base + seed), 1.0)
+            write_run(Job(arm, "reacher-hard", seed, FRAMES), np.full(40, base + seed), 0.25 if base < 500.0 else 0.75)
     lines = list(evidence.weights_table(evidence.complete()))
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.05", "| 0.5", "| 5"] * 2
+    assert [line.split(" | ")[0] for line in lines[2:8]] == ["| 0.05", "| 0.5", "| 5"] * 2
+    assert lines[8] == "" and lines[11] == "| Jacobian norm, posterior | 0.25 | 0.50 | 0.75 |"
     assert "| 0.420 [" in lines[2] and "| 0.000 [0.000, 0.000] | 0.50 [" in lines[2]
     assert "| 0.430 [" in lines[3] and "| 0.621 [" in lines[4] and "| 0.200 [0.200, 0.200] | 1.00 [1.00, 1.00] |" in lines[4]
 

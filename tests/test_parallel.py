@@ -188,7 +188,7 @@ if rank == 1:
     try:
         model.learn(10, callback=EveryNTimesteps(5, SaveRunCallback("run", 40)))
     except ValueError as error:
-        assert "EveryNTimesteps would call it in one; allowed: give it to learn by itself" in str(error)
+        assert "EveryNTimesteps would call it at some steps, in one; allowed: give it to learn by itself" in str(error)
     else:
         raise AssertionError
 if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -499,7 +500,7 @@ SPACES = [
     spaces.Box(-1.0, np.inf, (2, 3), np.float64),
     spaces.Box(0, 255, (16, 16, 3), np.uint8),
     spaces.Discrete(4, start=-2),
-    spaces.Discrete(3, dtype=np.int32),
+    *([spaces.Discrete(3, dtype=np.int32)] if "dtype" in inspect.signature(spaces.Discrete).parameters else []),
     spaces.MultiDiscrete([2, 3], start=[1, 0]),
     spaces.MultiBinary((2, 2)),
     spaces.MultiBinary(4),

@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_saving import Clock
@@ -364,11 +365,12 @@ def test_the_penalty_on_the_policy_is_a_loss_of_the_update() -> None:
 def test_learn_follows_attributes_that_have_changed() -> None:
     model = tiny(RandomSpaces(BOX, BOX), exploration_noise=0.3).learn(40)
     updates, noise = model._n_updates, model._exploration
-    model.batch_length, model.exploration_noise = 4, 0.1
+    model.batch_length, model.exploration_noise, model.learning_rate, model.train_freq = 4, 0.1, 0.5, 2
     assert model.replay_buffer is not None
     model.learn(32, reset_num_timesteps=False)
     assert model.replay_buffer.sample(2).rewards.shape == (2, 4) and model._n_updates - updates == 32 * 4 // (4 * 4)
-    assert model._exploration is not noise
+    assert model._exploration is not noise and model.train_freq == TrainFreq(2, TrainFrequencyUnit.STEP)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * model._n_updates / 1000, rel=0.2)  # warm-up
     noise = model._exploration
     model.learn(2, reset_num_timesteps=False)
     assert model._exploration is noise
@@ -380,6 +382,8 @@ def test_learn_follows_attributes_that_have_changed() -> None:
         ("gamma", 2.0, "gamma must be a number in"),
         ("batch_length", 0, "batch_length must be"),
         ("penalty_rows", 99, "penalty_rows must be at most 4"),
+        ("train_freq", "x", "train_freq"),
+        ("actor_learning_rate", 1e-3, "actor_learning_rate=0.001 has changed since the model was made; allowed: None"),
         ("planner", "mppi", r"planner='mppi' has changed since the policy was made; allowed: as it was, or save the model"),
     ],
 )
@@ -392,6 +396,7 @@ def test_attributes_of_wrong_values_are_refused_before_the_first_step(name: str,
 
 
 def test_a_planner_of_the_policy_stays() -> None:
+    """The argument has not changed, whatever the policy made of it."""
     model = tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(planner=dict(samples=8, policy_samples=2, elites=2, iterations=1)))
     model.learn(5)
     assert model.policy.planner is not None and model.planner is None
@@ -402,5 +407,9 @@ def test_a_buffer_without_room_for_a_window_is_told() -> None:
     env = make_vec_env(lambda: RandomSpaces(BOX, BOX), 4)
     with pytest.warns(UserWarning, match="no update: buffer_size=32 is 8 rows for each of 4 environments, in which no window"):
         assert tiny(env, buffer_size=32).learn(200)._n_updates == 0
-    assert tiny(env, buffer_size=36).learn(200)._n_updates > 0
+    model = tiny(env, buffer_size=36).learn(200)
+    assert model._n_updates > 0
+    model.batch_length = 20
+    with pytest.warns(UserWarning, match="no update: buffer_size=36 is 9 rows for each of 4 environments"):
+        model.learn(8, reset_num_timesteps=False)
     assert tiny(env, buffer_size=32, gradient_steps=1, learning_starts=16).learn(100)._n_updates > 0

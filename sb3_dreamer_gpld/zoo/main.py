@@ -54,7 +54,7 @@ def _train(args: list[str], command: str = "train") -> None:
     folder, args = take(args, "--run-folder")
     every, args = take(args, "--save-run", type=int)
     if asks_for_help(args):
-        print(TRAIN_OPTIONS)
+        print(TRAIN_OPTIONS if command == "train" else "")
     else:
         args = _prepare_training(args)
         if every is not None and every < 1:

@@ -85,14 +85,14 @@ class Experiment(ExperimentManager):
 
     def _check_folder(self, folder: Path) -> None:
         """:raises SystemExit: a run of another environment is in the folder, or one that cannot go on"""
-        others = [file.parent for file in folder.rglob("args.yml") if file.parent != Path(self.params_path)]
+        others = [file.parent for file in folder.glob("*/args.yml") if file.parent != Path(self.params_path)]
         if others:
             name = others[0].relative_to(folder)
             fail(f"--run-folder {folder}: the run there is of {name}, not of {self.env_name}. Allowed: another folder")
         if not self.saved and (folder / FINISHED).exists():
             fail(
-                f"--run-folder {folder}: the run there was made without --save-run, so that it cannot go on, and would be "
-                "overwritten. Allowed: another folder"
+                f"--run-folder {folder}: the run there is finished, and nothing was saved that it could go on from, so that "
+                "it would be overwritten. Allowed: another folder"
             )
 
     def _check_hyperparameters(self) -> None:

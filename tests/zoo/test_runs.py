@@ -18,7 +18,7 @@ import yaml
 pytest.importorskip("rl_zoo3")
 
 from stable_baselines3 import PPO  # noqa: E402
-from stable_baselines3.common.callbacks import ConvertCallback, EvalCallback, EveryNTimesteps  # noqa: E402
+from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps  # noqa: E402
 from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
@@ -326,10 +326,29 @@ def test_the_callback_is_for_this_algorithm(tmp_path: Path) -> None:
         PPO("MlpPolicy", RandomSpaces(BOX, BOX), n_steps=8, batch_size=8).learn(8, callback=SaveRunCallback(tmp_path, 5))
 
 
+class Broken(RandomSpaces):
+    """Its simulator ends in the 47th step."""
+
+    def step(self, action: Any) -> Any:
+        if len(self.actions) == 46:
+            raise OSError("the simulator died")
+        return super().step(action)
+
+
+def test_an_interrupted_run_keeps_what_was_saved_between_episodes(tmp_path: Path) -> None:
+    """rl_zoo3 ends callbacks then, too: of several processes in one that the others would wait for."""
+    callback = SaveRunCallback(tmp_path, every=15)
+    with pytest.raises(OSError, match="the simulator died"):
+        tiny(Broken(BOX, BOX)).learn(60, callback=callback)
+    callback.on_training_end()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run_40_steps.pkl", "run_40_steps.zip"]
+
+
 def test_a_callback_that_could_never_save_is_refused_at_the_beginning(tmp_path: Path) -> None:
     model = tiny(RandomSpaces(BOX, BOX))
-    with pytest.raises(ValueError, match=r"of which EveryNTimesteps does not tell it; allowed: give it to learn by itself"):
-        model.learn(20, callback=EveryNTimesteps(5, SaveRunCallback(tmp_path / "run", 5)))
+    for inner in (SaveRunCallback(tmp_path / "run", 5), CallbackList([SaveRunCallback(tmp_path / "run", 5)])):
+        with pytest.raises(ValueError, match="EveryNTimesteps would call it at some steps, in one; allowed: give it to learn"):
+            model.learn(20, callback=EveryNTimesteps(5, inner))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
         model.learn(20, callback=SaveRunCallback(tmp_path / "file", 5))
@@ -363,7 +382,8 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("run_*")} == files
     for file in files:
         file.unlink()
-    with pytest.raises(SystemExit, match="made without --save-run, so that it cannot go on, and would be overwritten"):
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--run-folder", ".")  # other runs may lie below
+    with pytest.raises(SystemExit, match="the run there is finished, and nothing was saved that it could go on from"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
 
 
