@@ -268,11 +268,9 @@ def plain_to_space(plain: Mapping[str, Any]) -> spaces.Space:
     if kind == "Box":
         return spaces.Box(plain["low"].numpy(), plain["high"].numpy(), dtype=np.dtype(plain["dtype"]).type)
     if kind == "Discrete":
-        dtype = np.dtype(
-            plain.get("dtype", "int64")
-        ).type  # earlier files do not name it, and earlier Gymnasiums have this one only
-        other = {} if dtype is np.int64 else {"dtype": dtype}
-        return spaces.Discrete(plain["n"], start=plain["start"], **other)
+        # Earlier files do not name the type, and earlier releases of Gymnasium have int64 alone
+        dtype = np.dtype(plain.get("dtype", "int64")).type
+        return spaces.Discrete(plain["n"], start=plain["start"], **({} if dtype is np.int64 else {"dtype": dtype}))
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(plain["nvec"], dtype=np.dtype(plain["dtype"]).type, start=plain["start"])
     return spaces.MultiBinary(plain["shape"][0] if len(plain["shape"]) == 1 else plain["shape"])

@@ -53,12 +53,12 @@ def _train(args: list[str], command: str = "train") -> None:
 
     folder, args = take(args, "--run-folder")
     every, args = take(args, "--save-run", type=int)
-    if asks_for_help(args):
-        print(TRAIN_OPTIONS if command == "train" else "")
-    else:
+    if not asks_for_help(args):
         args = _prepare_training(args)
         if every is not None and every < 1:
             fail(f"--save-run {every}: allowed are whole numbers of steps, at least 1")
+    elif command == "train":
+        print(TRAIN_OPTIONS)
     with given_arguments(command, args), goes_on(folder, every):
         train()
 
