@@ -9,174 +9,228 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import evidence
-from benchmarks.evidence import ARMS, FRAMES, NONE, PAGE, SEEDS, TASKS
+from benchmarks.evidence import measuring, page, protocol, running, scores
+from benchmarks.evidence.measuring import EPISODES_OF, MEASURES
+from benchmarks.evidence.protocol import ARMS, FRAMES, NONE, SEEDS, TASKS
 from benchmarks.learning import ladder
 from benchmarks.learning.ladder import Job
-from benchmarks.results import write_csv
+from benchmarks.results import read_csv, write_csv
+from sb3_dreamer_gpld import preset
 from sb3_dreamer_gpld.zoo.plot import Style, interquartile_mean
 
 RNG = np.random.default_rng(0)
+BOTH = "penalty-both"
 
 
 def test_the_page_is_that_of_the_results() -> None:
     """``make evidence`` would change nothing."""
-    page = PAGE.read_text(encoding="utf-8")
-    assert evidence.filled(page, evidence.complete()) == page
-    assert page.count("<!-- table: ") == len(evidence.TABLES)
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, protocol.complete()) == text
+    assert text.count("<!-- table: ") == len(page.TABLES)
 
 
 def test_the_arms_differ_in_the_penalty_alone() -> None:
     arms = ladder.read_arms()
-    preset = arms["rw10-rate16-explore-normalize"].settings
+    shared = arms["rw10-rate16-explore-normalize"].settings
     lambdas = set()
     for name in ARMS:
         own = dict(arms[name].settings)
         lambdas.add((own.pop("posterior_penalty"), own.pop("prior_penalty", 0.0)))
-        assert own == {key: value for key, value in preset.items() if key not in ("posterior_penalty", "prior_penalty")}
+        assert own == {key: value for key, value in shared.items() if key not in ("posterior_penalty", "prior_penalty")}
     assert lambdas == {(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)}
     assert arms[NONE].settings["posterior_penalty"] == 0.0
     for name in set(ARMS) - {NONE}:
-        for weight, other in zip(evidence.WEIGHTS, evidence.other_weights(name), strict=True):
+        for weight, other in zip(protocol.WEIGHTS, protocol.other_weights(name), strict=True):
             penalties = {key: value for key, value in arms[name].settings.items() if key.endswith("_penalty") and value}
             assert penalties and arms[other].settings == {**arms[name].settings, **dict.fromkeys(penalties, float(weight))}
 
 
+def test_the_arms_are_those_of_the_preset() -> None:
+    published, known = ladder.read_arms()["penalty-posterior"].settings, preset("cpu")
+    assert known["actor_gradient"] == "auto"  # which is that of the dynamics for the actions of dm_control
+    known |= {"actor_gradient": "dynamics", "buffer_size": published["buffer_size"]}  # that no run fills
+    assert {key: known.get(key) for key in published} == published
+
+
 def test_statistics() -> None:
-    scores = RNG.random((4, 6, 1))
-    assert interquartile_mean(scores)[0] == pytest.approx(stats.trim_mean(scores.ravel(), 0.25))
-    pairs = np.stack([scores[..., 0], np.round(RNG.random((4, 6)), 1)], -1)
+    some = RNG.random((4, 6, 1))
+    assert interquartile_mean(some)[0] == pytest.approx(stats.trim_mean(some.ravel(), 0.25))
+    pairs = np.stack([some[..., 0], np.round(RNG.random((4, 6)), 1)], -1)
     pairs[0, 0] = pairs[1, 0] = 0.5  # equal ones count half
     expected = np.mean([stats.mannwhitneyu(*pairs[:, task].T).statistic / 16 for task in range(6)])
-    assert evidence.improvement(pairs)[0] == pytest.approx(expected)
-    low, high = evidence.improvement_interval(pairs)
+    assert scores.improvement(pairs)[0] == pytest.approx(expected)
+    (low,), (high,) = scores.improvement_interval(pairs)
     assert 0.0 <= low < expected < high <= 1.0
-    assert evidence.improvement_interval(pairs[:1], Style(size=0.95, reps=10)).tolist() == pytest.approx(
-        [evidence.improvement(pairs[:1])[0]] * 2
+    assert scores.improvement_interval(pairs[:1], Style(size=0.95, reps=10)).ravel().tolist() == pytest.approx(
+        [scores.improvement(pairs[:1])[0]] * 2
     )
+    assert scores.relative(np.array([[[3.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [2.0, 0.0]]]))[0] == pytest.approx(50.0)
+
+
+def test_ratios_and_correlations_leave_out_what_was_not_measured() -> None:
     x, y = RNG.random((8, 3)), RNG.random((8, 3))
     expected = np.mean([stats.spearmanr(x[:, task], y[:, task]).statistic for task in range(3)])
-    assert evidence.rank_correlation(x, y) == pytest.approx(expected)
-    assert evidence.ratio(np.array([2.0, 8.0, np.nan]), np.array([1.0, 2.0, 1.0])) == pytest.approx(np.sqrt(8.0))
+    assert scores.rank_correlation(x, y) == pytest.approx(expected)
+    x[2, 0], y[:, 1], x[:, 2] = np.nan, 0.0, np.nan
+    assert scores.rank_correlation(x, y) == pytest.approx(stats.spearmanr(np.delete(x[:, 0], 2), np.delete(y[:, 0], 2))[0])
+    assert np.isnan(scores.rank_correlation(x[:, 2:], y[:, 2:]))
+    one, other = np.array([[2.0, np.nan, 3.0], [8.0, np.nan, np.nan]]), np.ones((2, 3))
+    assert scores.ratios(one, other) == pytest.approx([4.0, np.nan, 3.0], nan_ok=True)
+    assert scores.ratio(one, other) == pytest.approx(np.sqrt(12.0)) and page.number(scores.ratio(one[:, 1:2], other)) == "–"
+    alike = scores.within_arms(np.array([[[1.0], [3.0]], [[10.0], [14.0]]]))  # (2, 2, 1): arms far apart
+    assert alike.tolist() == [[-1.0], [1.0], [-2.0], [2.0]]
 
 
 def write_run(job: Job, returns: np.ndarray, measures: float | None) -> None:
+    """A finished run, its actions and its measures, which are a tenth on the episodes of no penalty."""
+    job.file.parent.mkdir(exist_ok=True)
     frames = np.linspace(FRAMES / len(returns), FRAMES, len(returns)).astype(int)
     write_csv(job.file, [{"frames": int(f), "episode_return": float(r)} for f, r in zip(frames, returns, strict=True)])
-    write_csv(job.evaluations, [{"frames": FRAMES, "deterministic": 0.0}])
+    write_csv(job.evaluations, [{"frames": FRAMES, "deterministic": 700.0}])
     if measures is not None:
-        write_csv(evidence.measures_file(job), [dict.fromkeys(evidence.MEASURES, measures)])
+        rows = [{EPISODES_OF: arm, **dict.fromkeys(MEASURES, measures * (0.1 if arm == NONE else 1.0))} for arm in ARMS]
+        write_csv(protocol.measures_file(job), rows)
 
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two seeds of two tasks: both penalties return 100 more, and halve what is measured; one checkpoint was lost."""
+    """Two seeds of two tasks: both penalties return 100 more at the end and halve what is measured; one was not measured."""
     monkeypatch.setattr(ladder, "RESULTS", tmp_path)
     for task, base in (("walker-walk", 200.0), ("reacher-hard", 400.0)):
         for seed in SEEDS[:2]:
-            for number, arm in enumerate(ARMS):
-                (tmp_path / arm).mkdir(exist_ok=True)
+            for arm in ARMS:
                 returns = np.full(40, base + seed)
-                returns[-4:] += 100.0 * (arm == "penalty-both")
+                returns[-4:] += 100.0 * (arm == BOTH)
                 lost = (task, seed, arm) == ("walker-walk", SEEDS[1], NONE)
-                write_run(Job(arm, task, seed, FRAMES), returns, None if lost else (0.5 if number == 3 else 1.0))
+                write_run(Job(arm, task, seed, FRAMES), returns, None if lost else (0.5 if arm == BOTH else 1.0))
     return tmp_path
 
 
 def test_tables(results: Path) -> None:
-    found = evidence.complete()
+    found = protocol.complete()
     assert found == (("walker-walk", "reacher-hard"), SEEDS[:2])
-    returns = [line for line in evidence.returns_table(found) if "| both |" in line]
+    returns = [line for line in page.returns_table(found) if "| both |" in line]
     assert "| all | area under the curve | both | 0.331 [" in returns[0] and "| 0.010 [0.010, 0.010] |" in returns[0]
-    assert "| all | last tenth | both | 0.420 [" in returns[1] and "| 0.100 [0.100, 0.100] | 1.00 [1.00, 1.00] |" in returns[1]
+    assert "| all | last tenth | both | 0.420 [" in returns[1] and returns[1].endswith("| 1.00 [1.00, 1.00] |")
+    assert returns[1].count("| 0.100 [0.100, 0.100] |") == 1 and "| 31.2 [" in returns[1]  # 2 · 100 more than 2 · 320.5
     assert "| hard locomotion | last tenth | both | 0.321 [" in returns[3] and "| others | last tenth | both |" in returns[5]
-    tasks = list(evidence.tasks_table(found))
-    assert (
-        tasks[0] == "| penalty on | walker-walk | reacher-hard |" and tasks[-1] == "| both | 320 (320, 321) | 520 (520, 521) |"
-    )
-    measures = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in evidence.measures_table(found)}
+    tasks = list(page.tasks_table(found))
+    assert tasks[0] == "| score | penalty on | walker-walk | reacher-hard |"
+    assert tasks[5] == "| last tenth | both | 320 (320, 321) | 520 (520, 521) |"
+    assert tasks[-1] == "| evaluated, most probable actions | both | 700 (700, 700) | 700 (700, 700) |"
+    differences = list(page.differences_table(found))
+    assert differences[-1] == "| last tenth | both | +100 (+100, +100) | +100 (+100, +100) |"
+    measures = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.measures_table(found)}
     assert measures["transition ratio"][:3] == ["1.00", "1.00", "0.50"]
+    assert "| transition ratio | both | 0.50 | 0.50 |" in list(page.measures_by_task_table(found))
+
+
+def test_one_seed_has_no_interval(results: Path) -> None:
+    one = protocol.Seeds(("walker-walk", "reacher-hard"), SEEDS[:1])
+    lines = [line for line in page.returns_table(one) if "| all | last tenth | both |" in line]
+    assert lines == ["| all | last tenth | both | 0.420 | 0.100 | 0.100 | 31.2 | 1.00 |"]
+
+
+def test_the_page_says_what_is_left_out(results: Path) -> None:
+    write_run(Job(NONE, "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), None)
+    text = "\n".join(page.finished_table(protocol.complete()))
+    assert text.startswith("**4 of 24 blocks are finished**") and f"in the tables:\nnone, hopper-hop, {SEEDS[0]}. " in text
+    assert text.endswith(f"\nnone, walker-walk, {SEEDS[1]}.")
 
 
 def test_an_unfinished_seed_waits(results: Path) -> None:
     Job("penalty-prior", "reacher-hard", SEEDS[0], FRAMES).evaluations.unlink()
-    assert evidence.complete() == (("walker-walk",), SEEDS[:2])
+    assert protocol.complete() == (("walker-walk",), SEEDS[:2])
     for task in TASKS:
         Job("penalty-prior", task, SEEDS[0], FRAMES).evaluations.unlink(missing_ok=True)
-    assert evidence.complete() == ((), ())
+    assert protocol.complete() == ((), ())
 
 
-def test_the_figure(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "FIGURE", tmp_path / "evidence.png")
-    evidence.draw(evidence.complete())
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_figure(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int) -> None:
+    monkeypatch.setattr(page, "FIGURE", tmp_path / "evidence.png")
+    found = protocol.complete()
+    page.draw(found._replace(seeds=found.seeds[:seeds]))
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
 
 
-def test_blocks_in_their_order(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is finished and measured is left alone, a block that was not measured is gone through again."""
+def test_blocks_in_their_order(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What is finished is left alone, and counts for nothing where its checkpoint is lost."""
     made: list[Any] = []
     measured: list[Any] = []
-    monkeypatch.setattr(evidence, "run_all", lambda jobs, workers, runs: made.append((jobs[0].task, jobs[0].seed)) or 0)
-    monkeypatch.setattr(evidence, "measure", lambda jobs, runs: measured.append(len(jobs)))
-    assert evidence.run(2, tmp_path, most=6) == 0
+    monkeypatch.setattr(running, "run_all", lambda jobs, workers, runs: made.append((jobs[0].task, jobs[0].seed)) or 0)
+    monkeypatch.setattr(running, "measure", lambda jobs, runs: measured.append(len(jobs)))
+    assert running.run(2, tmp_path, most=6) == 0 and not measured  # there are no checkpoints
     first = [(task, SEEDS[0]) for task in TASKS if task not in ("walker-walk", "reacher-hard")]
-    assert made == [*first, ("walker-walk", SEEDS[1]), ("cheetah-run", SEEDS[1])] and measured == [4] * 6
-    monkeypatch.setattr(evidence, "run_all", lambda *args: 2)
-    assert evidence.run(2, tmp_path, most=1) == 2 and len(measured) == 6
+    rest = [(task, SEEDS[1]) for task in TASKS if task not in ("walker-walk", "reacher-hard")]
+    assert made == [*first, *rest[:2]]
+    assert capsys.readouterr().out == f"walker-walk {SEEDS[1]}: not measured, since a checkpoint is lost\n"
+    monkeypatch.setattr(running, "can_be_measured", lambda jobs, runs: True)
+    made.clear()
+    assert running.run(2, tmp_path, most=6) == 0 and len(measured) == 6 and made[4] == ("walker-walk", SEEDS[1])
+    monkeypatch.setattr(running, "run_all", lambda *args: 2)
+    assert running.run(2, tmp_path, most=1) == 2 and len(measured) == 6
 
 
 def test_other_weights_of_the_better_penalty(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They begin when all arms are finished, and are compared over what they have finished."""
-    assert evidence.better() is None and list(evidence.weights_table(evidence.complete())) == [evidence.NO_BLOCK]
-    monkeypatch.setattr(evidence, "TASKS", ("walker-walk", "reacher-hard"))
-    monkeypatch.setattr(evidence, "SEEDS", SEEDS[:2])
-    assert evidence.better() == "penalty-both"
-    assert list(evidence.weights_table(evidence.complete())) == [evidence.NO_BLOCK]
+    """They begin when all arms are finished, and are compared over what they have finished, on episodes of other models."""
+    assert scores.better() is None and list(page.weights_table(protocol.complete())) == [page.NO_BLOCK]
+    for module in (protocol, scores, running):
+        monkeypatch.setattr(module, "TASKS", ("walker-walk", "reacher-hard"))
+        monkeypatch.setattr(module, "SEEDS", SEEDS[:2])
+    assert scores.better() == BOTH
+    assert list(page.weights_table(protocol.complete())) == [page.NO_BLOCK]
     made: list[Any] = []
-    monkeypatch.setattr(evidence, "run_all", lambda jobs, workers, runs: made.append([job.arm for job in jobs]) or 0)
-    monkeypatch.setattr(evidence, "measure", lambda jobs, runs: None)
-    evidence.run(2, tmp_path, most=9)
-    assert made == [list(ARMS), *[["penalty-both-0.05", "penalty-both-5"]] * 4]  # the first has a lost measure
+    monkeypatch.setattr(running, "run_all", lambda jobs, workers, runs: made.append([job.arm for job in jobs]) or 0)
+    running.run(2, tmp_path, most=9)
+    assert made == [["penalty-both-0.05", "penalty-both-5"]] * 4
     for arm, base in (("penalty-both-0.05", 400.0), ("penalty-both-5", 600.0)):
-        (tmp_path / arm).mkdir()
         for seed in SEEDS[:2]:
             write_run(Job(arm, "reacher-hard", seed, FRAMES), np.full(40, base + seed), 0.25 if base < 500.0 else 0.75)
-    lines = list(evidence.weights_table(evidence.complete()))
-    assert [line.split(" | ")[0] for line in lines[2:8]] == ["| 0.05", "| 0.5", "| 5"] * 2
-    assert lines[8] == "" and lines[11] == "| Jacobian norm, posterior | 0.25 | 0.50 | 0.75 |"
-    assert "| 0.420 [" in lines[2] and "| 0.000 [0.000, 0.000] | 0.50 [" in lines[2]
-    assert "| 0.430 [" in lines[3] and "| 0.621 [" in lines[4] and "| 0.200 [0.200, 0.200] | 1.00 [1.00, 1.00] |" in lines[4]
+    lines = list(page.weights_table(protocol.complete()))
+    assert lines[0] == f"Seeds {SEEDS[0]}, {SEEDS[1]} of reacher-hard."
+    assert [line.split(" | ")[0] for line in lines[4:10]] == ["| 0.05", "| 0.5", "| 5"] * 2
+    assert lines[10] == "" and lines[13] == "| Jacobian norm, posterior | 0.25 | 0.50 | 0.75 |"
+    assert "| 0.420 [" in lines[4] and "| 0.000 [0.000, 0.000] |" in lines[4] and "| 0.50 [" in lines[4]
+    assert "| 0.430 [" in lines[5] and "| 0.621 [" in lines[6] and lines[6].endswith("| 1.00 [1.00, 1.00] |")
 
 
 def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of a block, on the episodes of all; those with other weights, on the same; a lost checkpoint is told."""
+    """The models of a block, on the episodes of all; those with other weights on the same, when the first are long lost."""
     from gymnasium import spaces
     from test_dreamer_gpld import RandomSpaces, tiny
 
     box = spaces.Box(-1.0, 1.0, (2,), np.float32)
-    made: list[Any] = []
-
-    def env_of(*args: Any) -> RandomSpaces:
-        made.append(args)
-        return RandomSpaces(box, box)
-
     monkeypatch.setattr(ladder, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(evidence, "make_env", env_of)
-    monkeypatch.setattr(evidence, "STEPS_AHEAD", (1, 2))
-    block = evidence.jobs_of("walker-walk", 20)
-    others = evidence.jobs_of("walker-walk", 20, evidence.other_weights("penalty-both"))
+    monkeypatch.setattr(measuring, "make_env", lambda *args: RandomSpaces(box, box))
+    monkeypatch.setattr(measuring, "STEPS_AHEAD", (1, 2))
+    expected = {name: title for name, title in MEASURES.items() if not name.endswith(("_5", "_15", "_50"))}
+    expected |= {f"{name}_2": "" for name in ("observation", "reward")}
+    monkeypatch.setattr(measuring, "MEASURES", expected)
+    block = protocol.jobs_of("walker-walk", 20)
+    others = protocol.jobs_of("walker-walk", 20, protocol.other_weights(BOTH))
+    runs = tmp_path / "runs"
     for number, job in enumerate([*block, *others]):
-        (tmp_path / "results" / job.arm).mkdir(parents=True)
-        folder = tmp_path / "runs" / job.arm / "walker-walk_20"
-        folder.mkdir(parents=True)
-        tiny(RandomSpaces(box, box), seed=number).save(folder / "model.zip")
-    evidence.measure(block, tmp_path / "runs")
-    rows = [ladder.read_csv(evidence.measures_file(job))[0] for job in block]
-    assert len(made) == 4 and rows[0] != rows[1]
-    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
-    assert {"observation_2", "reward_1", "posterior_jacobian", "action_change"} <= set(rows[0])
-    evidence.measure(others, tmp_path / "runs")
-    assert len(made) == 10 and all(evidence.measures_file(job).exists() for job in others)
-    (tmp_path / "runs" / block[1].arm / "walker-walk_20" / "model.zip").unlink()
+        job.file.parent.mkdir(parents=True)
+        protocol.checkpoint(job, runs).parent.mkdir(parents=True)
+        tiny(RandomSpaces(box, box), seed=number).save(protocol.checkpoint(job, runs))
+    assert measuring.can_be_measured(block, runs) and not any(map(measuring.is_measured, block))
+    measuring.measure(block, runs)
+    assert all(map(measuring.is_measured, block))
+    rows = [read_csv(protocol.measures_file(job)) for job in block]
+    assert [row[EPISODES_OF] for row in rows[0]] == list(ARMS)
+    assert len({row["observation_2"] for each in rows for row in each}) == 16  # every model on every episode
+    assert all(np.isfinite(float(value)) for each in rows for row in each for value in list(row.values())[1:])
+    before = protocol.measures_file(block[1]).read_bytes()
+    protocol.checkpoint(block[0], runs).unlink()
+    measuring.measure(block[1:2], runs)
+    assert protocol.measures_file(block[1]).read_bytes() == before  # played again, the episodes are the same
+    assert measuring.can_be_measured(others, runs) and not measuring.can_be_measured(block, runs)
+    measuring.measure(others, runs)
+    assert all(map(measuring.is_measured, others))
+    protocol.actions_file(block[0]).unlink()
+    assert not measuring.can_be_measured(others, runs)
     with pytest.raises(FileNotFoundError):
-        evidence.measure(others, tmp_path / "runs")
+        measuring.measure(others, runs)

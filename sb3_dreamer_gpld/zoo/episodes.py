@@ -23,9 +23,15 @@ SEGMENT = 64  # steps of an episode that go through the nets together
 
 
 def collect(
-    model: DreamerGPLD, env: VecEnv, episodes: int, max_steps: int, seed: int = 0, deterministic: bool = False
+    model: DreamerGPLD,
+    env: VecEnv,
+    episodes: int,
+    max_steps: int,
+    seed: int = 0,
+    deterministic: bool = False,
+    actions: Sequence[np.ndarray] | None = None,
 ) -> list[Batch]:
-    """Episodes of the model's policy.
+    """Episodes of the model's policy, or with actions that are known.
 
     :param model: acts
     :param env: one environment
@@ -33,6 +39,8 @@ def collect(
     :param max_steps: steps after which an episode is cut, as by a time limit
     :param seed: of the environment and of the policy's random numbers
     :param deterministic: take the most probable actions
+    :param actions: in a Box, as the nets see them, (steps, A) for each episode, which ends with them: an episode is played
+        again with those of its window, ``batch.actions[0, 1:]``, and the same seed
     :return: one window (1, T) for each, from its first step to its last
     """
     config = model.policy.config
@@ -50,20 +58,26 @@ def collect(
     recorded = []
     env.seed(seed)
     with undisturbed(model.policy, seed):
-        for _ in range(episodes):
+        for number in range(episodes):
             buffer.reset()
-            _record(model.policy, env, buffer, max_steps, deterministic)
+            known = None if actions is None else th.as_tensor(actions[number], dtype=th.float32, device=model.device)
+            _record(model.policy, env, buffer, max_steps if known is None else len(known), deterministic, known)
             recorded.append(model.policy.to_batch(buffer.peek(1, buffer.rng)))
     return recorded
 
 
-def _record(policy: DreamerPolicy, env: VecEnv, buffer: SequenceReplayBuffer, max_steps: int, deterministic: bool) -> None:
-    """Play one episode into an empty buffer."""
+def _record(
+    policy: DreamerPolicy, env: VecEnv, buffer: SequenceReplayBuffer, max_steps: int, deterministic: bool, known: Tensor | None
+) -> None:
+    """Play one episode into an empty buffer; with actions (steps, A) that are known, if there are any."""
     observation: Any = env.reset()
     state, is_first = policy.initial_state(1), th.ones(1, dtype=th.bool, device=policy.device)
     for step in range(1, max_steps + 1):
         tensors, _ = policy.obs_to_tensor(observation)
-        state = policy.act(tensors, state, is_first, deterministic)
+        if known is None:
+            state = policy.act(tensors, state, is_first, deterministic)
+        else:
+            state = state._replace(action=known[step - 1 : step])
         is_first = th.zeros_like(is_first)
         action = policy.to_env_action(state.action)
         following, reward, dones, infos = env.step(action)
