@@ -108,6 +108,7 @@ class SequenceReplayBuffer(ReplayBuffer):
     """
 
     process = (0, 1)  # number of the process that fills it, and of how many
+    classes: int | None = None  # of buffers that were saved before they knew it
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         self.deter_size = deter
         self.stoch_size = stoch
+        self.classes = classes
         # The smallest type with a value to spare: its largest one marks rows without a latent
         self.stoch_dtype = np.min_scalar_type(classes + 1)
         self.rng = np.random.default_rng(np.random.randint(2**31 - 1) if seed is None else seed)

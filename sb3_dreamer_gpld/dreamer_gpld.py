@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TrainFreq
 from stable_baselines3.common.utils import FloatSchedule
@@ -41,7 +43,15 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
-from sb3_dreamer_gpld.pace import Pace, tell, warn_without_room, warn_without_updates
+from sb3_dreamer_gpld.pace import (
+    Pace,
+    share_progress_bar,
+    tell,
+    updates_per_step,
+    warn_before_updates,
+    warn_without_room,
+    warn_without_updates,
+)
 from sb3_dreamer_gpld.planning import PlannerConfig
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MlpPolicy, MultiInputPolicy, RecurrentState
 from sb3_dreamer_gpld.replay.refresh import LatentRefresh
@@ -254,22 +264,37 @@ class DreamerGPLD(ResumableAlgorithm):
         self.precision = precision
         self.compile = compile
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
+        self._penalty_waits = penalty_start  # the penalty_start that it was moved on to; it counts once
         self.update_ratio = UpdateRatio()
         self._state: RecurrentState | None = None
         self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
         self.num_frames = 0
-        self._update_seconds, self._logged_at = 0.0, time.perf_counter()
+        self._update_seconds, self._logged_at, self._logged_step = 0.0, time.perf_counter(), -1
         if _init_setup_model:
             self._setup_model()
 
     # -------------------------------------------------------------------------------------------- set-up
+
+    @property
+    def stats_window_size(self) -> int:
+        """:return: episodes over which the logged return is averaged; it can change"""
+        return self._stats_window_size
+
+    @stats_window_size.setter
+    def stats_window_size(self, episodes: int) -> None:
+        self._stats_window_size = episodes
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, deque(getattr(self, name), maxlen=episodes))
 
     def _setup_model(self) -> None:
         self.processes = parallel.current()
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
         check_arguments(self)
+        if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
+            self.action_noise = self.action_noise.base_noise  # of a loaded model; learn() makes one for each environment
         self._setup_lr_schedule()
         own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
         self.set_random_seed(self.seed)
@@ -332,10 +357,6 @@ class DreamerGPLD(ResumableAlgorithm):
         if self._explored_with != (self.exploration_noise, self.exploration_share):
             self._renew_exploration()
         warn_without_room(self)
-
-    def _own_seed(self, seed: int) -> int:
-        """The seed of this process, for one of all processes."""
-        return (seed + parallel.SEED_STRIDE * self.processes.rank) % 2**31
 
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
@@ -503,6 +524,8 @@ class DreamerGPLD(ResumableAlgorithm):
         if self.processes.size > 1:
             check_environments(self)
             self.processes.copy_from_first([*self.policy.state_dict().values()])
+        if not self._custom_logger and "_logger" in self.__dict__:
+            self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
         with naming_environments(self), self._first_observations():
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -510,18 +533,18 @@ class DreamerGPLD(ResumableAlgorithm):
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
         if reset_num_timesteps:
             self._renew_exploration()
-        self._update_seconds, self._logged_at = 0.0, time.perf_counter()
+        self._update_seconds, self._logged_at, self._logged_step = 0.0, time.perf_counter(), -1
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
+        share_progress_bar(callback, self.processes.size)
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
-        if reset_num_timesteps:  # one that goes on may be cut into short pieces
-            warn_without_updates(self, total_timesteps)
+        warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
         pace = Pace(total_timesteps)
         while self.num_timesteps < total_timesteps:
-            with naming_environments(self):
+            with naming_environments(self), self._beginning_anew_after_errors():
                 rollout = self.collect_rollouts(
                     self.env,
                     train_freq=self.train_freq,
@@ -543,8 +566,20 @@ class DreamerGPLD(ResumableAlgorithm):
                 self._update_seconds += time.perf_counter() - start
                 tell(pace.after(updates, self.num_timesteps), callback, self.verbose)
         callback.on_training_end()
+        if reset_num_timesteps and not warned and self.num_timesteps >= total_timesteps:
+            warn_without_updates(self)
         self._all_go_on(True)  # the others save what the callbacks have saved
         return self
+
+    @contextlib.contextmanager
+    def _beginning_anew_after_errors(self) -> Iterator[None]:
+        """An error while collecting, Ctrl-C included, ends the episodes: environments and recurrent state may be a step ahead
+        of the last observations and of the replay buffer."""
+        try:
+            yield
+        except BaseException:
+            self._last_obs = None
+            raise
 
     def _all_go_on(self, continue_training: bool) -> bool:
         """Whether no process was stopped by its callbacks. What the first one has saved, the others save their share of."""
@@ -577,7 +612,8 @@ class DreamerGPLD(ResumableAlgorithm):
         """The updates that are due after ``steps`` environment steps are made when the run goes on."""
         if self.gradient_steps is None:
             updates = self._due_updates(steps)
-            self.update_ratio.credit += updates * self.batch_size * self.batch_length
+            assert self.replay_buffer is not None
+            self.update_ratio.credit += updates * self.batch_size * self.replay_buffer.batch_length
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
@@ -597,10 +633,7 @@ class DreamerGPLD(ResumableAlgorithm):
     def _compile_if_it_pays(self, steps: int) -> None:
         """Compile the update if asked to, or with "auto" if the run of ``steps`` environment steps is long enough."""
         if self.compile == "auto":
-            per_step = self.train_ratio / (self.batch_size * self.batch_length)
-            if self.gradient_steps is not None:
-                per_step = self.gradient_steps if self.gradient_steps > 0 else 1.0
-            wanted = steps * per_step >= AUTO_COMPILE_UPDATES
+            wanted = steps * updates_per_step(self) >= AUTO_COMPILE_UPDATES
         else:
             wanted = bool(self.compile)
         execution = self.learner.execution
@@ -623,7 +656,8 @@ class DreamerGPLD(ResumableAlgorithm):
             return self.gradient_steps if self.gradient_steps >= 0 else steps * self.processes.size
         if ready < self.processes.size:
             return 0
-        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, self.batch_size * self.batch_length)
+        replayed = self.batch_size * self.replay_buffer.batch_length
+        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, replayed)
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Make updates from replayed windows.
@@ -634,23 +668,39 @@ class DreamerGPLD(ResumableAlgorithm):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        if self.num_timesteps < self.penalty_start and self._n_updates <= self._penalty_update:
+        waiting = self._n_updates <= self._penalty_update or self.penalty_start != self._penalty_waits
+        if waiting and self.num_timesteps < self.penalty_start:
             self._penalty_update = self._n_updates + gradient_steps
+            self._penalty_waits = self.penalty_start
         learner = self.learner
         learner.config = self._learner_config()
         learner.faults.clear()
         rates = [schedule(self._current_progress_remaining) for schedule in self._lr_schedules]
         refresh = LatentRefresh(self.replay_buffer, late=self.device.type != "cpu")
-        for _ in range(gradient_steps):
-            samples = self.replay_buffer.sample(self.processes.share("batch_size", batch_size), env=self._vec_normalize_env)
-            states = learner.update(self.policy.to_batch(samples), None, self._n_updates, rates)
-            self._n_updates += 1
-            refresh.add(samples, states)
+        # With gradient_steps updates begin on windows that still grow: each length would be compiled by itself
+        whole = self.replay_buffer.has_window()
+        with contextlib.nullcontext() if whole else learner.execution.plain():
+            self._update(gradient_steps, batch_size, rates, refresh)
         refresh.finish()
         learner.faults.raise_faults()
         for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
             self.logger.record(f"train/{name}", group["lr"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _update(self, updates: int, batch_size: int, rates: Sequence[float], refresh: LatentRefresh) -> None:
+        """Make updates.
+
+        :param updates: how many
+        :param batch_size: windows in each
+        :param rates: learning rates of the optimiser's groups
+        :param refresh: takes the new latents of what was replayed
+        """
+        assert self.replay_buffer is not None
+        for _ in range(updates):
+            samples = self.replay_buffer.sample(self.processes.share("batch_size", batch_size), env=self._vec_normalize_env)
+            states = self.learner.update(self.policy.to_batch(samples), None, self._n_updates, rates)
+            self._n_updates += 1
+            refresh.add(samples, states)
 
     # ------------------------------------------------------------------------------------------- logging
 
@@ -658,9 +708,10 @@ class DreamerGPLD(ResumableAlgorithm):
         """Write the log: means of every metric over the updates since the last time, and the share of time they took."""
         for name, value in self.learner.metrics.take().items():
             self.logger.record(name, value)
-        now = time.perf_counter()
-        self.logger.record("time/update_share", self._update_seconds / max(now - self._logged_at, 1e-9))
-        self._update_seconds, self._logged_at = 0.0, now
+        if self.num_timesteps != self._logged_step:  # several environments may end at one step, and SB3 then logs again
+            now = time.perf_counter()
+            self.logger.record("time/update_share", self._update_seconds / max(now - self._logged_at, 1e-9))
+            self._update_seconds, self._logged_at, self._logged_step = 0.0, now, self.num_timesteps
         if self.num_frames > self.num_timesteps:
             self.logger.record("time/frames", self.num_frames)
         if self.processes.is_first:
@@ -678,6 +729,7 @@ class DreamerGPLD(ResumableAlgorithm):
             "update_ratio",
             "_update_seconds",
             "_logged_at",
+            "_logged_step",
         ]
         return [*super()._excluded_save_params(), *own]
 

@@ -57,6 +57,12 @@ class LaProp(th.optim.Optimizer):
             raise ValueError(f"clip must be at least 0 (0 turns it off), not {clip}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "clip": clip})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in every torch optimiser, which leaves the steps where they are; here they lie beside their parameters."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = state["step"].to(parameter.device, th.float32)
+
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; the gradients are overwritten by the normalised ones.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
 if TYPE_CHECKING:
     from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
@@ -82,9 +85,23 @@ def tell(text: str | None, callback: BaseCallback, verbose: int) -> None:
         return
     if verbose >= 1:
         print(f"Learning: {text}")
-    for part in getattr(callback, "callbacks", [callback]):
-        if isinstance(part, ProgressBarCallback):
-            part.pbar.set_description(text)
+    for bar in _progress_bars(callback):
+        bar.pbar.set_description(text)
+
+
+def share_progress_bar(callback: BaseCallback, processes: int) -> None:
+    """Have the progress bar end with the run: it counts the steps of one process.
+
+    :param callback: of a run that has started
+    :param processes: how many make the steps of the run
+    """
+    for bar in _progress_bars(callback):
+        if processes > 1:
+            bar.pbar.reset(total=math.ceil(bar.pbar.total / processes))
+
+
+def _progress_bars(callback: BaseCallback) -> list[ProgressBarCallback]:
+    return [part for part in getattr(callback, "callbacks", [callback]) if isinstance(part, ProgressBarCallback)]
 
 
 def warn_without_room(algorithm: DreamerGPLD) -> None:
@@ -103,24 +120,63 @@ def warn_without_room(algorithm: DreamerGPLD) -> None:
         )
 
 
-def warn_without_updates(algorithm: DreamerGPLD, total_timesteps: int) -> None:
-    """Warn of a run that ends before there is enough to learn from.
+def updates_per_step(algorithm: DreamerGPLD) -> float:
+    """
+    :param algorithm: about to learn
+    :return: updates for each environment step of all processes, once they have begun; 0: it is not known, since updates come
+        after episodes, and none has ended yet
+    """
+    assert algorithm.replay_buffer is not None and isinstance(algorithm.train_freq, TrainFreq)
+    if algorithm.gradient_steps is None:
+        return algorithm.train_ratio / (algorithm.batch_size * algorithm.replay_buffer.batch_length)
+    if algorithm.gradient_steps < 0:
+        return 1.0
+    steps = float(algorithm.train_freq.frequency * algorithm.n_envs * algorithm.processes.size)
+    if algorithm.train_freq.unit == TrainFrequencyUnit.EPISODE:
+        lengths = [info["l"] for info in algorithm.ep_info_buffer or ()]
+        steps *= float(np.mean(lengths)) if lengths else float("inf")
+    return algorithm.gradient_steps / steps
+
+
+def _wants_updates(algorithm: DreamerGPLD) -> bool:
+    return bool(algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps)
+
+
+def warn_before_updates(algorithm: DreamerGPLD, total_timesteps: int) -> bool:
+    """Warn of a run that is sure to end before there is enough to learn from.
 
     :param algorithm: about to learn
     :param total_timesteps: environment steps at which the run ends
+    :return: whether it was warned of
     """
-    updates = algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps
-    if algorithm._n_updates or not updates or total_timesteps <= algorithm.num_timesteps:
+    if algorithm._n_updates or not _wants_updates(algorithm) or total_timesteps <= algorithm.num_timesteps:
+        return False
+    buffer = algorithm.replay_buffer
+    assert buffer is not None
+    needed = min(algorithm.learning_starts, buffer.buffer_size * algorithm.n_envs * algorithm.processes.size - 1)
+    # A step is a row, and an episode one more: at most two
+    most = int(buffer.stored_rows().sum()) + 2 * (total_timesteps - algorithm.num_timesteps)
+    if most > needed and (algorithm.gradient_steps is None or total_timesteps > algorithm.learning_starts):
+        return False
+    warnings.warn(
+        f"The run ends after {total_timesteps} steps, before the first update: "
+        f"learning_starts={algorithm.learning_starts} steps are collected before",
+        stacklevel=3,
+    )
+    return True
+
+
+def warn_without_updates(algorithm: DreamerGPLD) -> None:
+    """Warn of a run that ended before there was enough to learn from.
+
+    :param algorithm: has learned
+    """
+    if algorithm._n_updates or not _wants_updates(algorithm):
         return
     assert algorithm.replay_buffer is not None
-    if algorithm.gradient_steps is None:
-        stored = int(algorithm.replay_buffer.stored_rows().sum())
-        missing = algorithm.learning_starts - stored - (total_timesteps - algorithm.num_timesteps)
-    else:
-        missing = algorithm.learning_starts - total_timesteps
-    if missing >= 0:
-        warnings.warn(
-            f"The run ends after {total_timesteps} steps, before the first update: "
-            f"learning_starts={algorithm.learning_starts} steps are collected before",
-            stacklevel=3,
-        )
+    warnings.warn(
+        f"The run of {algorithm.num_timesteps} steps ended before the first update. It comes when more than "
+        f"learning_starts={algorithm.learning_starts} rows are stored, and of one of the {algorithm.n_envs} environments more "
+        f"than batch_length={algorithm.replay_buffer.batch_length}",
+        stacklevel=3,
+    )

@@ -7,10 +7,12 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -18,7 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_dreamer_gpld.arguments import KNOWN_ELSEWHERE, check_names
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
-from sb3_dreamer_gpld.parallel import ALONE, Processes, current
+from sb3_dreamer_gpld.parallel import ALONE, SEED_STRIDE, Processes, current
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_file, module_tensors, rng_states
 
@@ -39,7 +41,8 @@ def share_of(path: Any, suffix: str, processes: Processes, own_suffix: str | Non
     if processes.is_first or isinstance(path, io.BufferedIOBase):
         return path
     path = Path(path) if Path(path).suffix else Path(f"{path}.{suffix}")
-    return path.with_name(f"{path.stem}.rank{processes.rank}.{own_suffix or path.suffix[1:]}")
+    stem = path.stem if path.suffix == f".{suffix}" else path.name  # "model_0.1" has none, though it looks so
+    return path.with_name(f"{stem}.rank{processes.rank}.{own_suffix or suffix}")
 
 
 def run_file(folder: Path, steps: int, kind: str = ".zip") -> Path:
@@ -119,7 +122,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _run_state(self) -> dict[str, Any]:
         """Attributes that are made for the file alone."""
-        return {"_rng_states": rng_states(self.device)}
+        return {"_rng_states": self._rng_states or rng_states(self.device)}  # those that a loaded run has yet to go on with
 
     def _save_share(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
         """What a process other than the first adds to a saved model: the states of its random generators."""
@@ -159,6 +162,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 )
             self._take_over(state)
 
+    def _own_seed(self, seed: int) -> int:
+        """The seed of this process, for one of all processes."""
+        return (seed + SEED_STRIDE * self.processes.rank) % 2**31
+
     def _take_over(self, state: dict[str, Any]) -> None:
         """Go on with what this process alone has saved.
 
@@ -182,7 +189,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         may compile one of the two and not the other).
 
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3; those of the
-        constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own.
+        constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own; without one
+        its environments are seeded by the model's seed and the steps made, so that their starts are not those of before.
 
         :raises FileNotFoundError: there is no such file
         :raises TypeError: there is no such argument; names the closest one
@@ -192,10 +200,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         attributes = check_model_file(path)
         inits = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, ResumableAlgorithm)]
         check_names(cls, inits, [name for name in kwargs if name not in attributes or name in KNOWN_ELSEWHERE])
+        if "stats_window_size" in kwargs:  # SB3 keeps it under this name
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
         model._load_share(path)
         if kwargs.get("seed") is not None:
             model._rng_states, model._reseeded = None, True
+        elif model.seed is not None and model.env is not None and model.num_timesteps:
+            model.env.seed(model._own_seed(model.seed + model.num_timesteps))  # not the same starts again
         return model
 
     def save_run(self, folder: str | os.PathLike[str]) -> Path:
@@ -339,7 +351,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         """Load a replay buffer. The file can run code when it is loaded: load only files that you trust.
 
         The rows then lie where those of the present buffer do (``storage``), wherever they lay when they were saved, and are
-        drawn as its are (``batch_length``, ``recency``).
+        drawn as its are (``batch_length``, ``recency``). The buffer keeps its capacity, with a warning where that of
+        ``buffer_size`` would be another one.
 
         :param path: a file of :meth:`save_replay_buffer`
         :param truncate_last_traj: for SB3's HER buffer; without effect here
@@ -369,6 +382,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             ("number of environments", loaded.n_envs, self.n_envs),
             ("deter", loaded.deter_size, config.deter),
             ("stoch", loaded.stoch_size, config.stoch),
+            ("classes", loaded.classes or config.classes, config.classes),
             ("process (number, of how many)", loaded.process, (self.processes.rank, self.processes.size)),
         ):
             if its != ours:
@@ -376,4 +390,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if present is not None:
             for name in ("storage", "recency", "batch_length", *(("rng",) if self._reseeded else ())):
                 setattr(loaded, name, getattr(present, name))
+            if loaded.buffer_size != present.buffer_size:
+                warnings.warn(
+                    f"{path} has room for {loaded.buffer_size} rows for each environment, and keeps it, where the model's "
+                    f"buffer_size={self.buffer_size} would be {present.buffer_size}",
+                    stacklevel=2,
+                )
         self.replay_buffer = loaded
+        if self._last_obs is not None:  # the episode that goes on is not that of the file
+            self._last_episode_starts = np.ones((self.n_envs,), dtype=bool)

@@ -70,6 +70,8 @@ def atomic_file(path: str | os.PathLike[str] | io.BufferedIOBase, suffix: str = 
         yield path  # type: ignore[misc]
         return
     final = final_path(path, suffix)
+    if final.is_symlink():
+        final = final.resolve()  # the file that it leads to is written anew, and the link stays
     part = final.with_name(f".{final.name}.part")
     try:
         try:

@@ -197,6 +197,18 @@ def test_saved_and_loaded_state_continues_identically(dtype: th.dtype) -> None:
     assert all(th.equal(a, b) and a.dtype == dtype for a, b in zip(restored, params, strict=True))
 
 
+def test_loaded_steps_lie_beside_their_parameters() -> None:
+    """PyTorch moves the other tensors only: a model of a GPU, loaded on the processor, had its steps there."""
+    params = parameters([np.array([2.0, -1.0])])
+    optimizer = LaProp(params)
+    run(optimizer, params, [[np.array([1.0, 1.0])]])
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = saved["state"][0]["step"].double()
+    optimizer.load_state_dict(saved)
+    step = optimizer.state[params[0]]["step"]
+    assert step == 1.0 and step.dtype == th.float32 and step.device == params[0].device
+
+
 def test_closure_is_evaluated_with_gradients() -> None:
     params = parameters([np.array([2.0, -1.0])])
     optimizer = LaProp(params, lr=0.01)

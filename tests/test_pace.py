@@ -8,11 +8,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, ProgressBarCallback
+from stable_baselines3.common.env_util import make_vec_env
 from test_dreamer_gpld import tiny
+from test_saving import Clock as ClockEnv
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.pace import AGAIN_SECONDS, FIRST_SECONDS, Pace, spell_seconds, tell
+from sb3_dreamer_gpld.pace import AGAIN_SECONDS, FIRST_SECONDS, Pace, share_progress_bar, spell_seconds, tell
 
 UPDATE_EACH_STEP = 32  # train_ratio of a tiny model
 
@@ -98,7 +101,7 @@ def test_the_progress_bar_shows_the_pace() -> None:
 
 
 @pytest.mark.parametrize("gradient_steps", [None, 1])
-@pytest.mark.parametrize(("steps", "warns"), [(60, True), (70, False)])
+@pytest.mark.parametrize(("steps", "warns"), [(20, True), (60, True), (70, False)])
 def test_a_run_that_ends_before_the_first_update_warns(gradient_steps: int | None, steps: int, warns: bool) -> None:
     model = tiny("Pendulum-v1", learning_starts=64, gradient_steps=gradient_steps, train_ratio=UPDATE_EACH_STEP)
     with warnings.catch_warnings(record=True) as caught:
@@ -108,6 +111,31 @@ def test_a_run_that_ends_before_the_first_update_warns(gradient_steps: int | Non
     assert bool(texts) == warns == (model._n_updates == 0)
     if warns:
         assert "learning_starts=64" in texts[0] and caught[-1].filename == __file__
+
+
+def test_steps_of_many_environments_and_short_episodes_are_counted_as_rows() -> None:
+    """64 steps are too few for windows of 8 in each of 16 environments; 40 are enough for 32 rows of short episodes."""
+    env = make_vec_env(ClockEnv, 16)
+    with pytest.warns(UserWarning, match="of one of the 16 environments more than batch_length=8"):
+        assert tiny(env, "MlpPolicy", learning_starts=16).learn(64, log_interval=None)._n_updates == 0
+    short = TimeLimit(ClockEnv(), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiny(short, "MlpPolicy", learning_starts=45).learn(44, log_interval=None)._n_updates > 0
+
+
+def test_the_progress_bar_ends_with_a_run_of_several_processes() -> None:
+    class Bar:
+        total = 101
+
+        def reset(self, total: int) -> None:
+            self.total = total
+
+    progress = ProgressBarCallback()
+    for processes, total in ((1, 101), (2, 51)):
+        progress.pbar = Bar()
+        share_progress_bar(CallbackList([progress]), processes)
+        assert progress.pbar.total == total
 
 
 def test_a_run_that_only_collects_says_nothing() -> None:

@@ -25,10 +25,13 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_dreamer_gpld import tiny
 
 from sb3_dreamer_gpld import DreamerGPLD, saving
+from sb3_dreamer_gpld.parallel import Processes
+from sb3_dreamer_gpld.resumable import share_of
 from sb3_dreamer_gpld.saving import atomic_file, plain_to_space, space_to_plain
 
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for scripts in processes of their own
@@ -376,6 +379,7 @@ def test_replay_buffers_that_do_not_fit(tmp_path: Path) -> None:
         (two, "number of environments is 1, the model's 2"),
         (model(policy_kwargs=dict(deter=64)), "deter is 32, the model's 64"),
         (model(policy_kwargs=dict(stoch=3)), "stoch is 4, the model's 3"),
+        (model(policy_kwargs=dict(classes=3)), "classes is 4, the model's 3"),
         (model(discrete=True), "action space is Box"),
     ):
         with pytest.raises(ValueError, match=f"buffer does not belong to this model: its {what}"):
@@ -558,6 +562,97 @@ def test_a_loaded_buffer_is_drawn_as_the_model_says(tmp_path: Path) -> None:
     assert plain.replay_buffer is not None and plain.replay_buffer.recency == 0.0
     model.load_replay_buffer(path)
     assert model.replay_buffer.recency == 0.5
+
+
+class Start(Clock):
+    """Its first observation is drawn from the environment's own random numbers."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        gym.Env.reset(self, seed=seed)
+        super().reset()
+        self.x = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        return self.x.copy(), {}
+
+
+def test_a_loaded_run_does_not_meet_the_same_starts_again(tmp_path: Path) -> None:
+    def starts(trained: DreamerGPLD) -> np.ndarray:
+        trained.learn(60, reset_num_timesteps=False)
+        assert trained.replay_buffer is not None
+        return trained.replay_buffer.observations[trained.replay_buffer.is_first[:, 0], 0]  # type: ignore[index]
+
+    trained = model(env=Start(), seed=3)
+    before = starts(trained)
+    trained.save(tmp_path / "model")
+    again, twice = (starts(DreamerGPLD.load(tmp_path / "model", env=Start(), device="cpu")) for _ in range(2))
+    assert len(before) == len(again) == 3 and np.array_equal(again, twice)
+    assert not np.isin(before, again).any()
+
+
+def test_a_model_that_is_saved_again_goes_on_as_before(tmp_path: Path) -> None:
+    """Its random numbers are those of the run, not those of the process that only loaded it."""
+    model().learn(60).save(tmp_path / "model")
+    DreamerGPLD.load(tmp_path / "model", device="cpu").save(tmp_path / "again")
+    one, other = (DreamerGPLD.load(tmp_path / name, env=Clock(), device="cpu") for name in ("model", "again"))
+    for trained in (one, other):
+        trained.learn(40, reset_num_timesteps=False)
+    assert_same(one, other)
+
+
+def test_a_buffer_that_is_loaded_within_an_episode_begins_another(tmp_path: Path) -> None:
+    trained = model().learn(30)
+    trained.save_replay_buffer(tmp_path / "buffer")
+    trained.learn(7, reset_num_timesteps=False)
+    trained.load_replay_buffer(tmp_path / "buffer")
+    trained.learn(1, reset_num_timesteps=False)
+    buffer = trained.replay_buffer
+    assert buffer is not None and buffer.rows_added.item() == 33  # 30 steps, two last observations, and the new one
+    assert buffer.dones[31, 0] == 1 and buffer.timeouts[31, 0] == 1 and buffer.is_first[32, 0]
+
+
+def test_a_loaded_buffer_keeps_its_capacity_and_says_so(tmp_path: Path) -> None:
+    model(buffer_size=300).learn(30).save_replay_buffer(tmp_path / "buffer")
+    larger = model(buffer_size=500)
+    with pytest.warns(UserWarning, match="buffer has room for 300 rows .* where the model's buffer_size=500 would be 500"):
+        larger.load_replay_buffer(tmp_path / "buffer")
+
+
+def test_episodes_of_the_logged_mean_can_change(tmp_path: Path) -> None:
+    trained = model(stats_window_size=2).learn(60)
+    assert trained.ep_info_buffer is not None and len(trained.ep_info_buffer) == trained.stats_window_size == 2
+    trained.stats_window_size = 3
+    trained.learn(40, reset_num_timesteps=False)
+    assert len(trained.ep_info_buffer) == 3
+    trained.save(tmp_path / "model")
+    assert DreamerGPLD.load(tmp_path / "model", device="cpu", stats_window_size=7).stats_window_size == 7
+
+
+def test_action_noise_follows_the_number_of_environments(tmp_path: Path) -> None:
+    noise = NormalActionNoise(np.zeros(2), np.ones(2))
+    model(env=DummyVecEnv([Clock] * 2), action_noise=noise).learn(20).save(tmp_path / "model")
+    for envs in (1, 3):
+        loaded = DreamerGPLD.load(tmp_path / "model", env=DummyVecEnv([Clock] * envs), device="cpu")
+        assert loaded.learn(3 * envs, reset_num_timesteps=False).num_timesteps == 20 + 3 * envs
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model.zip").symlink_to(tmp_path / "disk" / "model.zip")
+    for content in (b"one", b"two"):
+        with atomic_file(tmp_path / "model.zip") as file:
+            file.write(content)
+        assert (tmp_path / "disk" / "model.zip").read_bytes() == content and (tmp_path / "model.zip").is_symlink()
+
+
+def test_shares_of_processes_by_names_with_a_dot() -> None:
+    second = Processes(1, 2)
+    names = ("model", "model.zip", "model_0.1", "folder.v1/model_0.2", "model_0.1.zip")
+    assert [str(share_of(name, "zip", second, "pt")) for name in names] == [
+        "model.rank1.pt",
+        "model.rank1.pt",
+        "model_0.1.rank1.pt",
+        "folder.v1/model_0.2.rank1.pt",
+        "model_0.1.rank1.pt",
+    ]
 
 
 if __name__ == "__main__":  # makes the file of the first version

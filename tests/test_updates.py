@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -21,6 +25,7 @@ from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
+from sb3_dreamer_gpld.pace import updates_per_step
 
 
 def batches_of(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Draws]]:
@@ -220,6 +225,107 @@ def test_updates_that_a_stop_left_undone_are_made_when_the_run_goes_on(train_fre
     assert made[1] - made[0] == 24 * (steps[1] - steps[0])
     fixed = tiny(Clock(), gradient_steps=1, learning_starts=8).learn(80, callback=StopAfter(50))
     assert fixed._n_updates == 49 - 8 and fixed.update_ratio.credit == 0  # a fixed number for each collection leaves nothing
+
+
+class Interrupt(BaseCallback):
+    """Ctrl-C at a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.n_calls == self.step:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("step", [15, 20], ids=["within an episode", "at its end"])
+def test_a_run_that_was_interrupted_begins_another_episode(step: int) -> None:
+    """The step at which it was is lost, as in Stable-Baselines3, and nothing is joined across it."""
+    model = tiny(Clock(), learning_starts=1000)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(60, callback=Interrupt(step))
+    model.learn(5, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert buffer is not None and buffer.rows_added.item() == step + 5  # one is the last observation of the cut episode
+    assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, step]
+    assert np.flatnonzero(buffer.dones[:, 0]).tolist() == [step - 1] == np.flatnonzero(buffer.timeouts[:, 0]).tolist()
+
+
+def test_windows_that_still_grow_are_not_compiled() -> None:
+    """Each length would be compiled by itself, and soon given up."""
+    model = tiny(DummyVecEnv([Clock] * 2), "MlpPolicy", gradient_steps=1, learning_starts=8)
+    model.learner.execution.compiled = True  # as compile() does, without the compiler
+    seen: list[tuple[int, bool]] = []
+    update = model.learner.update
+
+    def noting(batch: Batch, *args: Any) -> Any:
+        seen.append((batch.rewards.shape[1], model.learner.execution.compiled))
+        with model.learner.execution.plain():
+            return update(batch, *args)
+
+    model.learner.update = noting  # type: ignore[method-assign]
+    model.learn(40)
+    growing = [compiled for length, compiled in seen if length < 8]
+    assert growing and not any(growing) and seen[-1] == (8, True)
+
+
+def test_the_length_of_windows_is_that_of_the_buffer() -> None:
+    """``replay_buffer_kwargs`` may name another one, and the train ratio holds for it."""
+    model = tiny("Pendulum-v1", train_ratio=8, replay_buffer_kwargs={"batch_length": 4}).learn(80)
+    assert model._n_updates == (80 - 32) * 8 // (4 * 4)
+
+
+def test_a_penalty_that_is_to_start_later_waits_again() -> None:
+    model = tiny("Pendulum-v1").learn(60)
+    first = model._n_updates
+    assert model.penalty.start == 0 < first
+    model.penalty_start = 100
+    model.learn(60, reset_num_timesteps=False)
+    start = model.penalty.start
+    assert first < start < model._n_updates
+    model.learn(60)  # a second run of the same model, whose penalty has started
+    assert model.penalty.start == start
+
+
+@pytest.mark.parametrize(
+    "settings, steps, expected",
+    [
+        (dict(train_ratio=8), 1, 8 / 32),
+        (dict(gradient_steps=-1), 1, 1.0),
+        (dict(gradient_steps=3, train_freq=10), 2, 3 / 20),
+        (dict(gradient_steps=40, train_freq=(2, "episode")), 1, 40 / (2 * 20)),
+        (dict(gradient_steps=0), 1, 0.0),
+    ],
+)
+def test_updates_per_step(settings: dict[str, Any], steps: int, expected: float) -> None:
+    """``compile="auto"`` looks at them. Where updates come after episodes, their length is known when some have ended."""
+    model = tiny(DummyVecEnv([lambda: Monitor(Clock())] * steps), "MlpPolicy", learning_starts=1000, **settings)
+    before = updates_per_step(model)
+    assert before == (0.0 if "episode" in str(settings) else expected)
+    model.learn(60)
+    assert updates_per_step(model) == pytest.approx(expected)
+
+
+def test_environments_that_end_together_are_logged_once(tmp_path: Path) -> None:
+    """Losses and the share of updates are those of the time since the last log, not of none at all."""
+    model = tiny(DummyVecEnv([lambda: Monitor(Clock())] * 4), "MlpPolicy")
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(240, log_interval=2)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert [int(row["time/total_timesteps"]) for row in rows] == [80, 80, 160, 160, 240, 240]
+    assert all(float(row["time/update_share"]) > 0 and row["loss/dyn"] for row in rows[0::2])
+    assert all(row["time/update_share"] == row["loss/dyn"] == "" for row in rows[1::2])
+
+
+def test_each_log_of_tensorboard_is_closed(tmp_path: Path) -> None:
+    model = tiny("Pendulum-v1", tensorboard_log=str(tmp_path))
+    threads = []
+    for _ in range(3):
+        model.learn(10, reset_num_timesteps=False)
+        threads.append(threading.active_count())
+    assert threads[0] == threads[-1]
 
 
 # ------------------------------------------------------------------------------------------------------- exploration
