@@ -24,6 +24,9 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,13 +73,14 @@ class Part(NamedTuple):
 def plan(sizes: list[str]) -> Iterator[Part]:
     """All parts in their order."""
     yield Part("packages", {}, 60.0)
-    yield Part("tests", {}, 120.0)
+    yield Part("tests", {"chosen": "not compiled"}, 120.0)
     for modes in MODES:
         for recording in RECORDINGS:
             yield Part("parity", {"recording": recording, "modes": modes}, 60.0 if len(modes) == 1 else 90.0, reserve=300.0)
     for penalty, size, modes in itertools.product(PENALTIES, sizes, MODES):
         limit = 45.0 if len(modes) == 1 else 150.0
         yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=150.0)
+    yield Part("tests", {"chosen": "compiled"}, 120.0, reserve=150.0)
     for environments, storage in ((1, "host"), (1, "device"), (16, "host")):
         yield Part("loop", {"size": sizes[0], "environments": environments, "storage": storage}, 120.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
@@ -99,17 +103,29 @@ def packages(device: str, folder: Path, seconds: float) -> dict[str, Any]:
     distributions = {"yaml": "pyyaml"}
     versions = {name: importlib.metadata.version(distributions.get(name, name)) for name in names if name not in missing}
     card = th.cuda.get_device_name() if th.cuda.is_available() else None
-    return {"missing": missing, "versions": versions, "card": card, "cuda": th.version.cuda, "device": device}
+    compilers = {"gcc": shutil.which("gcc"), "triton": importlib.util.find_spec("triton") is not None}
+    return {
+        "missing": missing,
+        "versions": versions,
+        "card": card,
+        "cuda": th.version.cuda,
+        "device": device,
+        "compilers": compilers,  # without them nothing can be compiled
+    }
 
 
-def tests(device: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    summary = done.stdout.strip().splitlines()[-1:]
-    if done.returncode != 0:
-        raise SystemExit(done.stdout[-4000:])
-    return {"summary": summary}
+def tests(device: str, folder: Path, seconds: float, chosen: str) -> dict[str, Any]:
+    """The tests that need a GPU, or some of them, as pytest's ``-k`` chooses them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "tests/test_cuda.py"]
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            print(line, end="", flush=True)  # what is seen of a part that is stopped
+            lines += [line.strip()] if line.strip() else []
+    if running.returncode != 0:
+        raise SystemExit(running.returncode)
+    return {"summary": lines[-1:]}
 
 
 def parity(device: str, folder: Path, seconds: float, recording: str, modes: Sequence[str]) -> dict[str, Any]:
@@ -181,12 +197,14 @@ def update(device: str, folder: Path, seconds: float, size: str, penalty: str, m
         first = time.perf_counter() - start
         model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
         found[mode] = {"first_s": first, **timed(model), "captured": mode == "captured" and execution.captured("step")}
+        note(folder, found)  # the profiler may fail
+        found[mode] |= launched(model)
         note(folder, found)
     return found
 
 
 def timed(model: Any) -> dict[str, Any]:
-    """Time of an update as it is run now, and on a GPU its kernels and the memory since the last reset."""
+    """Time of an update as it is run now, and on a GPU the memory since the last reset."""
     import numpy as np
     import torch as th
 
@@ -203,6 +221,17 @@ def timed(model: Any) -> dict[str, Any]:
     if model.device.type == "cuda":
         found["peak_mib"] = th.cuda.max_memory_allocated() / 2**20
         found["reserved_mib"] = th.cuda.max_memory_reserved() / 2**20  # with the pools of graphs
+    return found
+
+
+def launched(model: Any) -> dict[str, Any]:
+    """Kernels of an update as it is run now, on a GPU."""
+    import torch as th
+
+    from benchmarks.yardstick import synchronize
+
+    found: dict[str, Any] = {}
+    if model.device.type == "cuda":
         with th.profiler.profile(activities=[th.profiler.ProfilerActivity.CUDA]) as profile:
             model.train(1, model.batch_size)
             synchronize(model.device)
@@ -305,12 +334,15 @@ def run_part(part: Part, device: str, folder: Path, seconds: float) -> dict[str,
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--options", json.dumps(part.options)]
     command += ["--device", device, "--to", str(folder), "--seconds", str(inner)]
     start = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
-        status, output = ("ok" if done.returncode == 0 else "failed"), done.stdout + done.stderr
-    except subprocess.TimeoutExpired as expired:
-        parts = (printed for printed in (expired.stdout, expired.stderr) if printed)
-        status, output = "stopped", "".join(text if isinstance(text, str) else text.decode() for text in parts)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as running:
+        try:
+            output, _ = running.communicate(timeout=seconds)
+            status = "ok" if running.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # with the processes that it has started
+            output, _ = running.communicate()
+            status = "stopped"
     found = json.loads(out.read_text()) if out.exists() else {}
     if status != "ok":
         found["output"] = output[-4000:]

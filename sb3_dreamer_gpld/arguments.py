@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -170,6 +171,12 @@ def check_processes(algorithm: DreamerGPLD) -> None:
     processes = algorithm.processes
     if processes.size == 1:
         return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if algorithm.device.type == "cuda" and here > th.cuda.device_count():
+        raise ValueError(
+            f"{here} processes of this machine cannot share its {th.cuda.device_count()} GPUs; allowed: at most as many "
+            "processes (torchrun --nproc-per-node), or device='cpu'"
+        )
     if algorithm.get_vec_normalize_env() is not None:
         raise ValueError(
             f"VecNormalize cannot be used in {processes.size} processes, since each would scale by statistics of its own; "

@@ -56,7 +56,7 @@ def has_fast_bfloat16(device: th.device) -> bool:
 def is_compiler_error(error: BaseException) -> bool:
     """Whether an exception comes from torch.compile and not from what it compiled."""
     module = type(error).__module__
-    return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+    return module.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton"))
 
 
 class Execution(Runner):
@@ -119,23 +119,31 @@ class Execution(Runner):
         try:
             return compiled(*args)
         except Exception as error:
-            if not is_compiler_error(error):
-                raise
-            self.failed = True
-            warnings.warn(f"torch.compile failed, so training goes on uncompiled: {str(error)[:500]}", stacklevel=3)
+            self.give_up_compiling(error)
             return function(net, *args)
+
+    def give_up_compiling(self, error: Exception) -> None:
+        """Go on uncompiled after an error of the compiler, with a warning; any other error is raised again.
+
+        :param error: which is being handled
+        """
+        if not self.compiled or self.failed or not is_compiler_error(error):
+            raise error
+        self.failed = True
+        warnings.warn(f"torch.compile failed, so training goes on uncompiled: {str(error)[:500]}", stacklevel=4)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Run the steps as they are for a while.
+        """Run the steps as they are for a while, and record nothing.
 
         A compiled function that met shapes of another size would be compiled again, and given up after a few times.
         """
-        before, self.compiled = self.compiled, False
+        before = self.compiled, self.recorder
+        self.compiled, self.recorder = False, None
         try:
             yield
         finally:
-            self.compiled = before
+            self.compiled, self.recorder = before
 
 
 class Recorder(Protocol):
@@ -176,8 +184,8 @@ class CudaGraphs:
         current.wait_stream(self.stream)
         # An operation that waits would break a recording, and leave the allocator and the random numbers in one
         waits = [each for each in told if "synchronizing CUDA operation" in str(each.message)]
-        for each in told:
-            if each not in waits:
+        for each in told:  # PyTorch tells of its debug mode itself
+            if each not in waits and not str(each.message).startswith("Synchronization debug mode"):
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         return outputs, str(waits[0].message) if waits else ""
 
@@ -186,7 +194,8 @@ class CudaGraphs:
         gc.collect()  # what is freed during a recording would break it
         th.clear_autocast_cache()
         # The outer context goes back to the streams of before, which a recording that fails does not
-        with th.cuda.stream(current), th.cuda.graph(graph, stream=self.stream):
+        # Other threads may go on meanwhile
+        with th.cuda.stream(current), th.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             outputs = function(inputs)
         return outputs, graph.replay
 
@@ -234,16 +243,26 @@ class Recorded:
                 if problem and self._calls == CALLS_BEFORE_RECORDING:
                     self._give_up(function, problem)
                 return outputs
-            own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
-            try:
-                outputs, replay = self.recorder.record(function, own)
-            except Exception as error:
-                self._give_up(function, str(error))
+            if problem := self._record(function, inputs):
+                self._give_up(function, problem)
                 return function(inputs)
-            self.recording = Recording([leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)], outputs, replay)
+            assert self.recording is not None
         th._foreach_copy_(self.recording.inputs, tensors)
         self.recording.replay()
         return self.recording.outputs
+
+    def _record(self, function: Callable[[Any], Any], inputs: Any) -> str:
+        """Record a function.
+
+        :return: why that failed, or "". What a failed one held is free by then: its frames end with the error
+        """
+        own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+        try:
+            outputs, replay = self.recorder.record(function, own)
+        except Exception as error:
+            return str(error) or type(error).__name__
+        self.recording = Recording([leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)], outputs, replay)
+        return ""
 
     def _give_up(self, function: Callable[[Any], Any], problem: str) -> None:
         self._failed = True

@@ -152,7 +152,12 @@ class Learner:
         :return: posterior states of the batch without gradient, with which the stored ones are refreshed; they may be
             overwritten by the next update
         """
-        outcome: Outcome = self.execution.run_whole(self.step, self._key, self.inputs(batch, draws, number, learning_rates))
+        inputs = self.inputs(batch, draws, number, learning_rates)
+        try:
+            outcome: Outcome = self.execution.run_whole(self.step, self._key, inputs)
+        except Exception as error:  # the backward pass is compiled when it is first needed; nothing has changed before
+            self.execution.give_up_compiling(error)
+            outcome = self.execution.run_whole(self.step, self._key, inputs)
         self.faults.note(number, outcome.checked, outcome.not_finite)
         self.metrics.add(outcome.names, outcome.metrics)
         return outcome.states

@@ -124,13 +124,21 @@ ALONE = Processes()
 
 
 def current() -> Processes:
-    """The processes that torchrun started, or that the program has joined by ``torch.distributed``; else this one alone."""
+    """The processes that torchrun started, or that the program has joined by ``torch.distributed``; else this one alone.
+
+    :raises ValueError: the program has joined them in a group that GPUs alone can talk in
+    """
     if not dist.is_available():
         return ALONE
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return ALONE
         _join()
+    elif dist.get_world_size() > 1 and "cpu:" not in dist.get_backend_config():
+        raise ValueError(
+            f"The process group has the backends {dist.get_backend_config()}, and the processes also exchange numbers of the "
+            "processor; allowed: init_process_group('cpu:gloo,cuda:nccl') or 'gloo', or none, with torchrun"
+        )
     return Processes(dist.get_rank(), dist.get_world_size()) if dist.get_world_size() > 1 else ALONE
 
 

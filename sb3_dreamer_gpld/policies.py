@@ -198,7 +198,7 @@ class DreamerPolicy(BasePolicy):
         """
         device = get_device(device)
         try:
-            saved = th.load(path, map_location=device, weights_only=True)  # type: ignore[arg-type]
+            saved = th.load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # NumPy reads bounds there
             version = saved["format_version"]
         except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
             raise ValueError(

@@ -15,6 +15,8 @@ from test_parity import RECORDINGS, Recording
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.execution import CudaGraphs, Execution
 from sb3_dreamer_gpld.learner import Draws
+from sb3_dreamer_gpld.policies import MlpPolicy
+from sb3_dreamer_gpld.transfer import to_device
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")]
 
@@ -121,6 +123,24 @@ def test_a_capture_that_fails_leaves_the_rest_alone(monkeypatch: pytest.MonkeyPa
             execution.run_whole(reading, lambda: "read", th.ones(3, device="cuda"))
     assert th.cuda.current_stream() == before
     th.rand(3, device="cuda").sum().item()
+    used = []
+    for _ in range(5):  # what other streams have read is free afterwards
+        to_device(np.zeros(2**20, np.float32), th.device("cuda"))
+        th.cuda.synchronize()
+        used.append(th.cuda.memory_allocated())
+    assert used[-1] <= used[1]
+
+
+def test_recording_says_nothing_that_is_not_of_the_function(recwarn: pytest.WarningsRecorder) -> None:
+    recorded(DreamerGPLD("MlpPolicy", "Pendulum-v1", seed=0, device="cuda", **SIZES)).learn(60)
+    assert not [str(each.message) for each in recwarn if "ynchroniz" in str(each.message)]
+
+
+def test_a_policy_file_of_a_box(tmp_path: Path) -> None:
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", seed=0, device="cuda", **SIZES)
+    model.policy.save(tmp_path / "policy.pt")
+    policy = MlpPolicy.load(tmp_path / "policy.pt")
+    assert policy.device.type == "cuda" and policy.observation_space == model.observation_space
 
 
 @pytest.mark.parametrize(

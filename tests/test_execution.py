@@ -52,6 +52,26 @@ def test_training_goes_on_if_the_compiler_fails(monkeypatch: pytest.MonkeyPatch)
     assert not DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, **TINY).learner.execution.failed  # of that model alone
 
 
+def test_training_goes_on_if_a_backward_pass_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled when it is first needed, outside of the step that it belongs to."""
+    monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
+    model = DreamerGPLD("MlpPolicy", "Pendulum-v1", compile=True, **TINY)
+    backward, failures = th.Tensor.backward, [CompilerFailed("no ptxas")]
+
+    def failing(self: th.Tensor, *args: Any, **kwargs: Any) -> None:
+        if failures:
+            raise failures.pop()
+        backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(th.Tensor, "backward", failing)
+    with pytest.warns(UserWarning, match="torch.compile failed, so training goes on uncompiled: no ptxas"):
+        model.learn(60)
+    assert model._n_updates > 0 and model.learner.execution.failed
+    failures.append(CompilerFailed("again"))  # which cannot be, uncompiled
+    with pytest.raises(CompilerFailed, match="again"):
+        model.train(1, model.batch_size)
+
+
 def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(th, "compile", lambda function, **kwargs: function)
 

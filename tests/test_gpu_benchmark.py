@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,29 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys: p
     assert gpu.run_all(parts, "cpu", tmp_path, 5) == 3
     broken, hanging, packages, late = json.loads((tmp_path / "results.json").read_text())
     assert broken["status"] == "failed" and "no such size" in broken["output"]
+    assert packages["compilers"].keys() == {"gcc", "triton"}
     assert hanging["status"] == "stopped" and packages["status"] == "ok" and late["status"] == "no time left"
+
+
+def test_a_part_that_is_stopped_takes_its_processes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they had printed by then is kept."""
+    noted = tmp_path / "pid"
+    script = f"import os, time; print('began', flush=True); open({str(noted)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    popen = subprocess.Popen
+
+    def started(command: list[str], **kwargs: object) -> subprocess.Popen:
+        inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
+        return popen([sys.executable, "-c", inner], **kwargs)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", started)
+    found = gpu.run_part(gpu.Part("tests", {"chosen": "x"}, 5.0), "cpu", tmp_path, 5.0)
+    assert found["status"] == "stopped" and found["output"] == "began\n"
+    for _ in range(100):
+        if not Path(f"/proc/{noted.read_text()}").exists():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it goes on")
 
 
 @pytest.mark.long

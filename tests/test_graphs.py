@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_meta import CASES, VECTOR, case
 
 from sb3_dreamer_gpld import DreamerGPLD, execution
+from sb3_dreamer_gpld.execution import Execution
 from sb3_dreamer_gpld.learner import Learner
 from sb3_dreamer_gpld.nets.steps import Runner
 from sb3_dreamer_gpld.nets.world_model import PenaltyWeights
@@ -203,6 +205,38 @@ def test_a_recording_that_fails(recorder: type[Tape], text: str) -> None:
     assert sorted(str(w.message).split("'")[1] for w in warned if "CUDA graph" in str(w.message)) == ["act", "step"]
     assert tape.recordings == 0
     assert_equal(plain, other)
+
+
+def test_a_recording_that_fails_is_gone_before_training_goes_on() -> None:
+    """What it held is free, since the function that then runs as it is needs that memory."""
+    alive: list[bool] = []
+    held: list[Any] = []
+
+    class Holding(Tape):
+        def record(self, function: Callable[[Any], Any], inputs: Any) -> Any:
+            pool = th.nn.Linear(1, 1)  # what a frame of the recording holds
+            held.append(weakref.ref(pool))
+            raise RuntimeError("out of memory")
+
+    def function(inputs: th.Tensor) -> th.Tensor:
+        alive.extend(each() is not None for each in held)
+        return inputs + 1
+
+    runner = Execution(th.nn.Linear(1, 1), th.device("cpu"))
+    runner.recorder = Holding()
+    with pytest.warns(UserWarning, match="out of memory"):
+        for _ in range(5):
+            runner.run_whole(function, lambda: "key", th.ones(1))
+    assert alive == [False, False]
+
+
+def test_nothing_is_recorded_within_plain() -> None:
+    """Windows that still grow would each be recorded by themselves."""
+    runner = Execution(th.nn.Linear(1, 1), th.device("cpu"))
+    runner.recorder = tape = Tape()
+    with runner.plain():
+        assert [runner.run_whole(th.abs, lambda: "key", -th.ones(1)).item() for _ in range(6)] == [1.0] * 6
+    assert tape.recordings == 0 and runner.recorder is tape
 
 
 def test_other_optimisers_are_not_recorded() -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from test_dreamer_gpld import tiny
 
+from sb3_dreamer_gpld import parallel
+from sb3_dreamer_gpld.arguments import check_processes
 from sb3_dreamer_gpld.config import RECONSTRUCTIONS
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 
@@ -285,6 +288,29 @@ def test_a_process_that_dies_ends_all_and_is_named(tmp_path: Path) -> None:
     done = torchrun(script, tmp_path)
     assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Pendulum-v1")
+    model.processes, model.device = Processes(0, 4), th.device("cuda")
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes of this machine cannot share its 1 GPUs; allowed: at most as many"):
+        check_processes(model)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one on each of four machines
+    check_processes(model)
+
+
+@pytest.mark.parametrize(("backends", "allowed"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo", True)])
+def test_a_group_of_gpus_alone_is_refused(backends: str, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes exchange numbers of the processor, too."""
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1), ("get_backend_config", backends)):
+        monkeypatch.setattr(parallel.dist, name, lambda value=value: value)
+    if allowed:
+        assert parallel.current().rank == 1
+    else:
+        with pytest.raises(ValueError, match="backends cuda:nccl, .* allowed: init_process_group"):
+            parallel.current()
 
 
 def test_one_process_exchanges_nothing() -> None:

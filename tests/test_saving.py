@@ -543,6 +543,14 @@ def test_policy_files_load_with_weights_only(tmp_path: Path) -> None:
             type(trained.policy).load(tmp_path / name)
 
 
+def test_a_policy_file_loads_for_a_device_that_numpy_cannot_read(tmp_path: Path) -> None:
+    """As on a GPU: bounds of spaces stay where NumPy reads them."""
+    policy = model().policy
+    policy.save(tmp_path / "policy")
+    loaded = type(policy).load(tmp_path / "policy", device="meta")
+    assert loaded.device.type == "meta" and loaded.observation_space == policy.observation_space
+
+
 def test_policy_files_have_no_numbers_of_numpy(tmp_path: Path) -> None:
     planner = dict(samples=np.int64(8), policy_samples=2, elites=np.int32(4), temperature=np.float32(0.5))
     kwargs: dict[str, Any] = dict(units=np.int64(16), reconstruction_weight=np.float64(2.0), net_arch=[np.int64(8)])
