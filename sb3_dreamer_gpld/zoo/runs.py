@@ -6,6 +6,7 @@ Import it after :func:`~sb3_dreamer_gpld.zoo.register.register`, which says what
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -18,8 +19,11 @@ from unittest import mock
 
 import rl_zoo3.train
 import yaml
+from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
@@ -65,7 +69,6 @@ class Experiment(ExperimentManager):
     def setup_experiment(self) -> tuple[Any, dict[str, Any]] | None:
         if self.saved:
             self._check_hyperparameters()
-            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
         found = super().setup_experiment()
         if self.folder is None or found is None:
             return found
@@ -82,6 +85,18 @@ class Experiment(ExperimentManager):
             if isinstance(callback, EvalCallback):
                 restore_evaluations(callback, self.done)
         return model, hyperparams
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        hyperparams, saved = super().read_hyperparameters()
+        return copy.deepcopy(hyperparams), saved  # rl_zoo3 writes into dicts of the first, and the second becomes config.yml
+
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        found = super()._preprocess_hyperparams(hyperparams)
+        # A Monitor wants tuples, which YAML does not have
+        self.monitor_kwargs = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.monitor_kwargs.items()
+        }
+        return found
 
     def _check_folder(self, folder: Path) -> None:
         """:raises SystemExit: a run of another environment is in the folder, or one that cannot go on"""
@@ -154,7 +169,10 @@ class Experiment(ExperimentManager):
                 for file in Path(self.save_path).glob(MONITORS):
                     rewind_monitor(file, episodes.get(file.name))
             n_envs = self.processes.share("n_envs", n_envs)
-        return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
+        # Here, since rl_zoo3 sets monitor_kwargs in between for some tasks
+        make = going_on_monitors if self.saved else make_vec_env
+        with mock.patch.object(exp_manager, "make_vec_env", make):
+            return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.processes.is_first:
@@ -215,6 +233,11 @@ def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:
     """What the Monitors' files had when the run was saved after some environment steps, by name; empty if it is not known."""
     file = episodes_file(folder, steps)
     return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def going_on_monitors(*args: Any, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
+    """Environments as Stable-Baselines3 makes them, whose Monitors go on with the files that are there; arguments as there."""
+    return make_vec_env(*args, monitor_kwargs={**monitor_kwargs, "override_existing": False}, **kwargs)
 
 
 def rewind_monitor(file: Path, episodes: int | None) -> None:

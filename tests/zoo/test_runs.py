@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("rl_zoo3")
 
+from rl_zoo3.exp_manager import ExperimentManager  # noqa: E402
 from stable_baselines3 import PPO  # noqa: E402
 from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps  # noqa: E402
 from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
@@ -48,10 +50,15 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
+def write_entry(file: Path, **keys: Any) -> None:
+    """A hyperparameter file of the tests' settings, and further keys."""
+    file.write_text(yaml.safe_dump({"default": {"n_timesteps": 600, **SETTINGS, **keys}}))
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "settings.yml"
-    file.write_text(yaml.safe_dump({"default": {"n_timesteps": 600, **SETTINGS}}))
+    write_entry(file)
     return file
 
 
@@ -385,6 +392,44 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
     begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--run-folder", ".")  # other runs may lie below
     with pytest.raises(SystemExit, match="the run there is finished, and nothing was saved that it could go on from"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+def test_the_same_command_goes_on_with_arguments_of_normalize(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rl_zoo3 writes gamma into them."""
+    write_entry(config, gamma=0.99, normalize={"norm_reward": False})
+    for steps in ("20", "40"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", steps, "--save-run", "10")
+    assert "Going on after 20 steps" in capsys.readouterr().out
+    saved = yaml.unsafe_load((tmp_path / "run" / "Pendulum-v1" / "config.yml").read_text())
+    assert saved["normalize"] == {"norm_reward": False}
+
+
+class Successful(RandomSpaces):
+    """Each step is one."""
+
+    def __init__(self) -> None:
+        super().__init__(BOX, BOX)
+
+    def step(self, action: Any) -> Any:
+        *found, info = super().step(action)
+        return *found, {**info, "is_success": True}
+
+
+gym.register("Successful-v0", Successful)
+
+
+@pytest.mark.parametrize("robotics", [False, True])
+def test_monitors_with_arguments_go_on_with_their_files(
+    robotics: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of YAML is as good as a tuple; for some tasks rl_zoo3 has arguments of its own."""
+    write_entry(config, monitor_kwargs={"info_keywords": ["is_success"]})
+    monkeypatch.setattr(ExperimentManager, "is_robotics_env", staticmethod(lambda env_id: robotics))
+    for steps in ("20", "40"):
+        begin(tmp_path, monkeypatch, "--env", "Successful-v0", "-n", steps, "--save-run", "10")
+    assert load_results(str(tmp_path / "run"))["is_success"].tolist() == [True] * 4
 
 
 def test_evaluations_that_cannot_be_read_do_not_stop_a_run(tmp_path: Path) -> None:
