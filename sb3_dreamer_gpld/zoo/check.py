@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_dreamer_gpld.config import SIZES, check_int, check_range, unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import suite_of
-from sb3_dreamer_gpld.policies import DreamerPolicy
+from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MultiInputPolicy
 
 _PIXELS = "sb3_dreamer_gpld.envs.PixelObservation"
 
@@ -193,12 +193,13 @@ def _build_error(arguments: dict[str, Any], pixels: bool) -> Exception | None:
 
 def _space(arguments: dict[str, Any], pixels: bool) -> spaces.Space:
     """An observation space that suits the policy."""
-    policy = arguments.get("policy")
+    given = arguments.get("policy", DreamerPolicy)
+    policy = DreamerGPLD.policy_aliases.get(given, given)
     space: spaces.Space = spaces.Box(-1, 1, (3,))
-    if pixels or policy == "CnnPolicy":
+    if pixels or issubclass(policy, CnnPolicy):
         unscaled = dict(arguments.get("policy_kwargs") or {}).get("normalize_images") is False
         space = spaces.Box(0, 1, (3, 64, 64)) if unscaled else spaces.Box(0, 255, (3, 64, 64), np.uint8)
-    return spaces.Dict(observation=space) if pixels or policy == "MultiInputPolicy" else space
+    return spaces.Dict(observation=space) if pixels or issubclass(policy, MultiInputPolicy) else space
 
 
 # ------------------------------------------------------------------------------------------- checks of single values

@@ -179,6 +179,8 @@ def test_names_all_mistakes_of_an_entry() -> None:
         {"policy_kwargs": {"deter": 36, "blocks": 4, "stoch": 40}, "penalty_rows": 40},
         {"policy": "sb3_dreamer_gpld.policies.DreamerPolicy", "penalty_schedule": {"name": "step", "interval": 10}},
         {"policy": "CnnPolicy", "policy_kwargs": {"normalize_images": False}},
+        {"policy": "sb3_dreamer_gpld.policies.CnnPolicy"},
+        {"policy": "sb3_dreamer_gpld.policies.MultiInputPolicy"},
         {"callback": ["stable_baselines3.common.callbacks.ProgressBarCallback"], "env_wrapper": None},
         {"env_wrapper": ["rl_zoo3.wrappers.HistoryWrapper", {"rl_zoo3.wrappers.ActionNoiseWrapper": {"noise_std": 0.1}}]},
         {"vec_env_wrapper": "stable_baselines3.common.vec_env.VecMonitor"},
