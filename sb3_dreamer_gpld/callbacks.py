@@ -23,12 +23,13 @@ def callbacks_of_all(callback: Any) -> list[BaseCallback]:
         callback = callback.callbacks
     if isinstance(callback, list):
         return [each for part in callback for each in callbacks_of_all(part)]
-    inner = callback.callback if isinstance(callback, EventCallback) else None
-    if inner is not None and callbacks_of_all(inner):
-        raise ValueError(
-            f"{type(inner).__name__} must be told of everything, in all processes, and {type(callback).__name__} would call "
-            "it at some steps, in one; allowed: give it to learn by itself, or in a list"
-        )
+    called = [getattr(callback, name, None) for name in ("callback", "callback_on_new_best")]
+    for inner in called if isinstance(callback, EventCallback) else []:
+        if callbacks_of_all(inner):
+            raise ValueError(
+                f"{type(inner).__name__} must be told of everything, in all processes, and {type(callback).__name__} would "
+                "call it at some steps, in one; allowed: give it to learn by itself, or in a list"
+            )
     return [callback] if getattr(callback, "in_all_processes", False) else []
 
 

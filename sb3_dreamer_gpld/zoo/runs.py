@@ -267,6 +267,7 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
 
     :param callback: of the run that goes on
     :param num_timesteps: from where; later evaluations are made again
+    :raises SystemExit: it has made evaluations of another number of episodes, with which new ones cannot share the file
     """
     file = callback.log_path and f"{callback.log_path}.npz"
     if not file or not os.path.isfile(file):
@@ -276,6 +277,12 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
         return
     kept = log["timesteps"] <= num_timesteps
     if kept.any():
+        episodes = log["results"].shape[1]
+        if episodes != callback.n_eval_episodes:
+            fail(
+                f"--eval-episodes {callback.n_eval_episodes}: the evaluations in {file} have {episodes} episodes each. "
+                f"Allowed: --eval-episodes {episodes}, or move that file away first"
+            )
         callback.evaluations_timesteps = log["timesteps"][kept].tolist()
         callback.evaluations_results = log["results"][kept].tolist()
         callback.evaluations_length = log["ep_lengths"][kept].tolist()

@@ -118,7 +118,7 @@ def test_a_run_without_its_buffer_is_not_begun_anew(tmp_path: Path) -> None:
 
 
 def test_the_evaluations_before_are_kept(tmp_path: Path) -> None:
-    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path))
+    callback = EvalCallback(RandomSpaces(BOX, BOX), n_eval_episodes=2, log_path=str(tmp_path))
     restore_evaluations(callback, 100)
     assert callback.evaluations_timesteps == []
     results = np.array([[1.0, 2.0], [5.0, 6.0], [9.0, 9.0]])
@@ -127,11 +127,20 @@ def test_the_evaluations_before_are_kept(tmp_path: Path) -> None:
     restore_evaluations(callback, 25)
     assert callback.evaluations_successes == [[True, False], [False, False]]
     np.savez(tmp_path / "evaluations.npz", **log)  # of an environment that does not report success
-    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path))
+    callback = EvalCallback(RandomSpaces(BOX, BOX), n_eval_episodes=2, log_path=str(tmp_path))
     restore_evaluations(callback, 25)
     assert callback.evaluations_successes == []
     assert callback.evaluations_timesteps == [10, 20] and callback.best_mean_reward == 5.5
     assert callback.evaluations_results == [[1.0, 2.0], [5.0, 6.0]]
+
+
+def test_evaluations_of_another_number_of_episodes(tmp_path: Path) -> None:
+    """Stable-Baselines3 could not write them beside the new ones."""
+    np.savez(tmp_path / "evaluations.npz", timesteps=[10], results=[[1.0, 2.0]], ep_lengths=[[3, 4]])
+    callback = EvalCallback(RandomSpaces(BOX, BOX), n_eval_episodes=5, log_path=str(tmp_path))
+    restore_evaluations(callback, 9)  # nothing of them is kept
+    with pytest.raises(SystemExit, match=r"--eval-episodes 5: .*have 2 episodes each. Allowed: --eval-episodes 2, or move"):
+        restore_evaluations(callback, 10)
 
 
 def test_two_processes_do_not_make_the_same_run(tmp_path: Path) -> None:
@@ -354,8 +363,10 @@ def test_an_interrupted_run_keeps_what_was_saved_between_episodes(tmp_path: Path
 def test_a_callback_that_could_never_save_is_refused_at_the_beginning(tmp_path: Path) -> None:
     model = tiny(RandomSpaces(BOX, BOX))
     for inner in (SaveRunCallback(tmp_path / "run", 5), CallbackList([SaveRunCallback(tmp_path / "run", 5)])):
-        with pytest.raises(ValueError, match="EveryNTimesteps would call it at some steps, in one; allowed: give it to learn"):
-            model.learn(20, callback=EveryNTimesteps(5, inner))
+        for outer in (EveryNTimesteps(5, inner), EvalCallback(RandomSpaces(BOX, BOX), callback_on_new_best=inner)):
+            name = type(outer).__name__
+            with pytest.raises(ValueError, match=f"{name} would call it at some steps, in one; allowed: give it to learn"):
+                model.learn(20, callback=outer)
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="file is a file, not a folder"):
         model.learn(20, callback=SaveRunCallback(tmp_path / "file", 5))
