@@ -465,6 +465,17 @@ def test_command_compares_two_models_and_repeats_itself(files: Path, tmp_path: P
     assert report["model"]["open_loop"]["windows"] == report["baseline"]["open_loop"]["windows"]  # the same windows
 
 
+def test_arguments_of_the_environment(files: Path, tmp_path: Path) -> None:
+    """Of the hyperparameter file, or those that are given in their place."""
+    (tmp_path / "mine.yml").write_text("default: {env_kwargs: {max_episode_steps: 6}}\n")
+    for words, steps in (("", 6), ("--env-kwargs max_episode_steps:4", 4)):
+        args = f"--model {files}/counter.zip --env DiagnosticsCounter-v0 -conf {tmp_path}/mine.yml --out {tmp_path} {FEW}"
+        assert diagnose(f"{args} {words}") == 0
+        report = json.loads((tmp_path / "diagnostics.json").read_text())
+        assert report["model"]["collected_returns"] == [steps * (steps + 1) / 2] * 2
+        assert report["settings"]["env_kwargs"] == {"max_episode_steps": str(steps)}
+
+
 def test_model_beside_itself(files: Path, tmp_path: Path) -> None:
     one = files / "counter.zip"
     diagnose(f"--model {one} --baseline {one} --env DiagnosticsCounter-v0 --out {tmp_path}/out {FEW}")
@@ -519,6 +530,11 @@ def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
         ("--model {files}/text.zip --env DiagnosticsCounter-v0", "not a saved DreamerGPLD model"),
         ("--model {files}/ppo.zip --env DiagnosticsCounter-v0", "not a saved DreamerGPLD model"),
         ("--model {files}/counter.zip --env DiagnosticsCouter-v0", "DiagnosticsCounter-v0"),
+        (
+            "--model {files}/counter.zip --env DiagnosticsCounter-v0 --env-kwargs size:3",
+            "DiagnosticsCounter-v0 cannot be made: .*'size'",
+        ),
+        ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --env-kwargs size=3", "take name:value"),
         ("--model {files}/counter.zip --env Pendulum-v1", "--model .*another environment than Pendulum-v1"),
         (
             "--model {files}/counter.zip --baseline {files}/pictures.zip --env DiagnosticsCounter-v0",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import gymnasium as gym
+import yaml
 
 from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.presets import CONFIGS
@@ -136,9 +137,10 @@ def choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:
     return name, dict(entries[name])
 
 
-def find_wrapper(conf_file: str, env_id: str) -> Callable[[gym.Env], gym.Env] | None:
-    """Wrappers of the environment in a hyperparameter file.
+def find_environment(conf_file: str, env_id: str) -> tuple[Callable[[gym.Env], gym.Env] | None, dict[str, Any]]:
+    """What a hyperparameter file says of the environment.
 
+    :return: its wrappers and its arguments
     :raises SystemExit: the file is wrong, or has wrappers around the vectorised environment too
     """
     from rl_zoo3.utils import get_wrapper_class
@@ -147,4 +149,18 @@ def find_wrapper(conf_file: str, env_id: str) -> Callable[[gym.Env], gym.Env] | 
     for key in ("frame_stack", "normalize", "vec_env_wrapper"):
         if entry.get(key):
             fail(f"{conf_file}, {name}: diagnose knows env_wrapper only, not {key}")
-    return get_wrapper_class(entry)
+    return get_wrapper_class(entry), entry.get("env_kwargs") or {}
+
+
+def recorded_env_kwargs(folder: Path) -> dict[str, Any]:
+    """Arguments of the environment that a run was trained in, of its hyperparameter file or of ``--env-kwargs``.
+
+    :param folder: where rl_zoo3 recorded the hyperparameters and arguments of the run
+    """
+    for name in ("config.yml", "args.yml"):
+        file = folder / name
+        # Files of a run whose model is loaded as well
+        recorded = yaml.load(file.read_text(), Loader=yaml.UnsafeLoader) if file.is_file() else None
+        if recorded and recorded.get("env_kwargs"):
+            return dict(recorded["env_kwargs"])
+    return {}

@@ -62,7 +62,10 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-conf",
         "--conf-file",
-        help="hyperparameter file the model was trained with: the environment's wrappers are read from it",
+        help="hyperparameter file the model was trained with: the environment's wrappers and env_kwargs are read from it",
+    )
+    parser.add_argument(
+        "--env-kwargs", nargs="+", metavar="NAME:VALUE", help="arguments of the environment, in place of the file's env_kwargs"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--episodes", type=int, default=5, help="episodes that each model collects (5)")
@@ -98,7 +101,7 @@ class Setup(NamedTuple):
 def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] | None = None) -> Setup:
     """Check everything that can be checked before anything is measured or written.
 
-    :param options: of :func:`parse`
+    :param options: of :func:`parse`, with ``env_kwargs`` as a dict or None
     :param wrapper: put around the environment
     :raises ValueError, OSError, ModuleNotFoundError: what is wrong, in plain words
     """
@@ -114,8 +117,7 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
             raise ModuleNotFoundError("--video also writes for TensorBoard: pip install tensorboard")
     elif options.image:
         raise ValueError("--image chooses the picture of a video; it needs --video")
-    # By a function: the id alone would make an environment that renders
-    env = make_vec_env(lambda: gym.make(options.env), n_envs=1, seed=options.seed, wrapper_class=wrapper)
+    env = _make_env(options, wrapper)
     wrapped = DreamerGPLD._wrap_env(env, verbose=0, monitor_wrapper=False)
     for name, model in models.items():
         try:
@@ -124,7 +126,7 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
             wrapped.close()
             raise ValueError(
                 f"--{name} {files[name]} was trained in another environment than {options.env}: {error}. "
-                "If wrappers make the difference, name the hyperparameter file with -conf"
+                "If wrappers or env_kwargs make the difference, name the hyperparameter file with -conf"
             ) from error
     return Setup(models, wrapped)
 
@@ -135,6 +137,16 @@ def _check_numbers(options: argparse.Namespace) -> None:
     check_int("--seed", options.seed, 0)
     for scale in options.scales:
         check_range("--scales", scale, 0.0, float("inf"))
+
+
+def _make_env(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] | None) -> VecEnv:
+    """:raises ValueError: it cannot be made"""
+    kwargs = options.env_kwargs or {}
+    try:
+        # By a function: the id alone would make an environment that renders
+        return make_vec_env(lambda: gym.make(options.env, **kwargs), n_envs=1, seed=options.seed, wrapper_class=wrapper)
+    except Exception as error:  # whatever the environment and its wrappers do
+        raise ValueError(f"{options.env} cannot be made: {error}") from error
 
 
 def _load(file: Path, device: str) -> DreamerGPLD:
@@ -269,6 +281,7 @@ def make_report(
     """The results as JSON has them: plain numbers, None where there is none."""
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "gym_packages")}
     settings.update({name: str(settings[name]) for name in ("model", "baseline") if settings[name] is not None})
+    settings["env_kwargs"] = {name: repr(value) for name, value in (options.env_kwargs or {}).items()}
     report: dict[str, Any] = {"settings": {**settings, "scales": list(options.scales)}}
     for name, x in found.items():
         report[name] = {

@@ -28,9 +28,10 @@ from sb3_dreamer_gpld.zoo.arguments import (
     choose_entry,
     fail,
     find_config,
-    find_wrapper,
+    find_environment,
     given_arguments,
     parse,
+    recorded_env_kwargs,
     say_environment,
     take,
 )
@@ -126,12 +127,15 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
             )
     except (AssertionError, ValueError) as error:
         fail(f"{error}. Train an agent first, or name the folder of the runs with -f")
-    args = [*args, "--algo", algo, "-f", folder]
-    if rendering and options.env_kwargs is None and suite_of(options.env) is DM_CONTROL:
+    env_kwargs: dict[str, object] = {}
+    if rendering and suite_of(options.env) is DM_CONTROL:
         # The tasks' own cameras follow the robot, unlike the free one that Shimmy takes
-        camera = 2 if "/quadruped-" in options.env else 0
-        args += ["--env-kwargs", f"render_kwargs:dict(camera_id={camera})"]
-    return args, Path(run)
+        env_kwargs["render_kwargs"] = {"camera_id": 2 if "/quadruped-" in options.env else 0}
+    # Inside rl_zoo3: of its scripts only enjoy reads those of the hyperparameter file
+    env_kwargs.update(recorded_env_kwargs(Path(run) / EnvironmentName(options.env)))
+    given, args = take(args, "--env-kwargs", nargs="+", default=[])
+    words = [*(f"{name}:{value!r}" for name, value in env_kwargs.items()), *given]
+    return [*args, "--algo", algo, "-f", folder, *(["--env-kwargs", *words] if words else [])], Path(run)
 
 
 def _enjoy(args: list[str]) -> None:
@@ -206,11 +210,13 @@ def _diagnose(args: list[str]) -> None:
     except ModuleNotFoundError as error:
         fail(f'plots need {error.name}: pip install "sb3-dreamer-gpld[extra]"')
     options = diagnose.parse(args)
-    wrapper = None
+    register()
+    options.env_kwargs = parse(args, "env_kwargs").env_kwargs
     prepare_environment(options.env, options.gym_packages, rendering=False)
+    wrapper = None
     if options.conf_file is not None:
-        register()
-        wrapper = find_wrapper(options.conf_file, options.env)
+        wrapper, env_kwargs = find_environment(options.conf_file, options.env)
+        options.env_kwargs = env_kwargs if options.env_kwargs is None else options.env_kwargs
     try:
         setup = diagnose.prepare(options, wrapper)
     except (ValueError, OSError, ImportError) as error:

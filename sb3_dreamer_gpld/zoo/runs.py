@@ -92,6 +92,8 @@ class Experiment(ExperimentManager):
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         found = super()._preprocess_hyperparams(hyperparams)
+        if self._eval_env_kwargs_args is None:  # rl_zoo3 would evaluate without env_kwargs of the file
+            self.eval_env_kwargs = self.env_kwargs
         # A Monitor wants tuples, which YAML does not have
         self.monitor_kwargs = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.monitor_kwargs.items()

@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rl_zoo3.train
 import yaml
@@ -106,6 +107,23 @@ def test_enjoy_takes_no_memory_for_replay(
     monkeypatch.chdir(trained)  # the folder of the runs is "logs" by default
     zoo.main(["enjoy", "--env", "Pendulum-v1", "-n", "201", "--no-render", "--device", "cpu", *option])
     assert "Mean reward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [{}, {"max_episode_steps": 9}])
+def test_arguments_of_the_environment_hold_for_all_commands(folder: Path, given: dict[str, int]) -> None:
+    """Also those of a hyperparameter file, of which rl_zoo3 tells only training and enjoy."""
+    entry = {**PLAIN, **SMALL, "env_kwargs": {"max_episode_steps": 15, "g": 5.0}}
+    (folder / "small.yml").write_text(yaml.safe_dump({"default": entry}))
+    train = "train --env Pendulum-v1 -conf small.yml -n 20 --eval-freq 20 --eval-episodes 1 --device cpu --verbose 0".split()
+    evaluated = [f"{name}:{value}" for name, value in given.items()]
+    zoo.main([*train, "--eval-env-kwargs", *evaluated] if given else train)
+    run = folder / "logs" / "dreamer_gpld" / "Pendulum-v1_1"
+    lengths = np.load(run / "evaluations.npz")["ep_lengths"]
+    assert lengths.item() == given.get("max_episode_steps", 15)
+    words = [word for name in evaluated for word in ("--env-kwargs", name)]
+    args, found = zoo._prepare_agent(["--env", "Pendulum-v1", *words], rendering=True)
+    assert found.absolute() == run
+    assert arguments.parse(args, "env_kwargs").env_kwargs == {**entry["env_kwargs"], **given}
 
 
 def test_record_video(trained: Path, folder: Path, no_memory: None) -> None:
