@@ -309,6 +309,22 @@ def test_hyperparameters_are_valid(block: Block) -> None:
         assert check_entry(entry) == [], name
 
 
+def test_what_check_prints_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld.zoo import main as zoo
+
+    block = next(block for block in BLOCKS if block.language == "console" and "dreamer-gpld check" in block.text)
+    command, *shown = block.text.splitlines()
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yml").write_text(
+        "Pendulum-v1: {n_timesteps: 100, policy: MlpPolicy, batchsize: 16, posterior_penalty: 5e-2}", encoding="utf-8"
+    )
+    assert zoo.main(shlex.split(command)[2:]) == 1
+    assert capsys.readouterr().out.splitlines() == shown
+
+
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
