@@ -11,13 +11,13 @@ from sb3_dreamer_gpld.zoo.search import convert_params, sample_params
 
 
 def register() -> None:
-    """Make DreamerGPLD known to rl_zoo3.
+    """Make DreamerGPLD known to rl_zoo3, and the environments that this registers to Gymnasium.
 
     :raises SystemExit: rl_zoo3 is not installed
     """
     try:
         import rl_zoo3
-        from rl_zoo3 import hyperparams_opt
+        from rl_zoo3 import hyperparams_opt, import_envs  # noqa: F401  (the second registers environments)
     except ModuleNotFoundError as error:
         if error.name != "rl_zoo3":
             raise

@@ -27,6 +27,7 @@ from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, NAME, choose_entry, fail, find_config
 from sb3_dreamer_gpld.zoo.check import check_entry
 from sb3_dreamer_gpld.zoo.environments import prepare_environment
+from sb3_dreamer_gpld.zoo.register import register
 
 # Arms that need no file: arguments beside those of the hyperparameter file
 ARMS: dict[str, dict[str, Any]] = {
@@ -220,6 +221,7 @@ def main(args: list[str]) -> int:
     :return: exit status, 1 if a run failed for good
     """
     options = parse(args)
+    register()
     runs = prepare(options)
     missing = {run: words for run, words in runs.items() if not run.finished}
     print(f"{len(runs)} runs, of which {len(runs) - len(missing)} are finished")
