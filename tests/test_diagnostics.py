@@ -559,6 +559,17 @@ def test_wrong_input_is_named_before_anything_is_written(args: str, message: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_environment_that_cannot_be_made(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PixelObservation where there is no OpenGL."""
+
+    def fail(self: Counter) -> None:
+        raise RuntimeError("MuJoCo cannot render pictures")
+
+    monkeypatch.setattr(Counter, "__init__", fail)
+    with pytest.raises(SystemExit, match="DiagnosticsCounter-v0 cannot be made: MuJoCo cannot render pictures"):
+        diagnose(f"--model {files}/counter.zip --env DiagnosticsCounter-v0 --out {tmp_path}/out")
+
+
 def test_video_without_moviepy(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "moviepy" else found(name, *rest))
@@ -568,7 +579,7 @@ def test_video_without_moviepy(files: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_context_longer_than_the_episodes(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="longest episode has 13 observations"):
+    with pytest.raises(SystemExit, match="longest episode has 13 observations"):
         diagnose(f"--model {files}/counter.zip --env DiagnosticsCounter-v0 --out {tmp_path}/out --context 13 --episodes 1")
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,11 +110,19 @@ def find_config(given: str | None) -> str:
     shipped = CONFIGS / Path(given).with_suffix(".yml").name
     if Path(given).is_file():
         return given
-    if Path(given).parent.name in ("", "zoo_configs") and Path(given).suffix in ("", ".yml") and shipped.is_file():
+    if Path(given).parent in (Path(), Path("zoo_configs")) and Path(given).suffix in ("", ".yml") and shipped.is_file():
         return str(shipped)
-    if not given.endswith((".yml", ".yaml", ".py")):
-        return given  # rl_zoo3 also takes the name of a Python module
+    if not given.endswith((".yml", ".yaml", ".py")) and _is_module(given):
+        return given  # which rl_zoo3 takes as well
     fail(unknown_name("the file", given, sorted(path.name for path in CONFIGS.glob("*.yml")), brief=True))
+
+
+def _is_module(name: str) -> bool:
+    """Whether there is a Python module of that name."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # its package is missing, or it is no name of a module
+        return False
 
 
 def choose_entry(file: str, env_id: str) -> tuple[str, dict[str, Any]]:

@@ -162,6 +162,10 @@ def _load(file: Path, device: str) -> DreamerGPLD:
 # -------------------------------------------------------------------------------------------------------------- measuring
 
 
+class EpisodesTooShort(ValueError):
+    """Nothing is left to predict after the context."""
+
+
 class Measured(NamedTuple):
     """What one model gave.
 
@@ -184,13 +188,13 @@ def measure(model: DreamerGPLD, episodes: list[Batch], options: argparse.Namespa
     :param model: the model
     :param episodes: of :func:`~sb3_dreamer_gpld.zoo.episodes.collect`, of both models
     :param options: of :func:`parse`
-    :raises ValueError: the episodes are too short
+    :raises EpisodesTooShort: there is no step to predict
     """
     policy, steps = model.policy, options.context + options.horizon
     lengths = [episode.rewards.shape[1] for episode in episodes]
     possible = [(i, t) for i, length in enumerate(lengths) for t in range(length - options.context)]
     if not possible:
-        raise ValueError(
+        raise EpisodesTooShort(
             f"The longest episode has {max(lengths)} observations, so that nothing is left to predict after a context of "
             f"{options.context}; choose a smaller --context"
         )
@@ -230,7 +234,7 @@ def run(options: argparse.Namespace, setup: Setup) -> None:
 
     :param options: of :func:`parse`
     :param setup: of :func:`prepare`
-    :raises ValueError: the episodes are too short
+    :raises EpisodesTooShort: there is no step to predict
     """
     try:
         collected = {

@@ -221,7 +221,10 @@ def _diagnose(args: list[str]) -> None:
         setup = diagnose.prepare(options, wrapper)
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
-    diagnose.run(options, setup)
+    try:
+        diagnose.run(options, setup)
+    except diagnose.EpisodesTooShort as error:
+        fail(str(error))
 
 
 def _check(args: list[str]) -> int:

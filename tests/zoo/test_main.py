@@ -42,6 +42,9 @@ def test_ways_to_start_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         ("trian", "the command 'trian' does not exist. Did you mean 'train'"),
         ("train --env Pendulm-v1", "Did you mean 'Pendulum-v1'"),
         ("train --env Pendulum-v1 -conf dreamer_gpdl.yml", "Did you mean 'dreamer_gpld.yml'"),
+        ("train --env Pendulum-v1 -conf dreamer_gpld_cpuu", "Did you mean 'dreamer_gpld_cpu.yml'"),
+        ("train --env Pendulum-v1 -conf no_package.settings", "the file 'no_package.settings' does not exist"),
+        ("train --env Pendulum-v1 -conf nowhere/zoo_configs/dreamer_v3.yml", "'nowhere/zoo_configs/dreamer_v3.yml' does not"),
         ("train --env Pendulum-v1 -params batch_size=3", "name:value"),
         ("train --env Pendulum-v1 --hyperparams bach_size:3", "Did you mean 'batch_size'"),
         ("train --env Pendulum-v1 -i nothing.zip", "nothing.zip"),
@@ -98,6 +101,12 @@ def test_other_algorithms_keep_their_own_file(folder: Path) -> None:
     given = ["--env", "Pendulum-v1", "--algo", "sac"]
     assert zoo._prepare_training(given) == given
     assert zoo._prepare_training(["--env", "Pendulum-v1"])[-1] == str(arguments.CONFIGS / "dreamer_gpld.yml")
+
+
+@pytest.mark.parametrize("given", ["dreamer_v3", "dreamer_v3.yml", "zoo_configs/dreamer_v3.yml", "./dreamer_v3.yml"])
+def test_files_of_the_package_are_found_by_their_names(folder: Path, given: str) -> None:
+    assert arguments.find_config(given) == str(arguments.CONFIGS / "dreamer_v3.yml")
+    assert arguments.find_config("email.charset") == "email.charset"  # a module, as rl_zoo3 takes it
 
 
 @pytest.mark.parametrize("option", [[], ["--load-best"], ["--load-last-checkpoint"], ["--stochastic"]])

@@ -56,6 +56,7 @@ def test_what_is_missing_without_rl_zoo3(command: str, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit, match=r'this needs rl_zoo3: pip install "sb3-dreamer-gpld\[zoo\]"'):
         zoo.main(command.split())
 
+
 def test_rl_zoo3_takes_the_algorithm_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As docs/zoo.md says: not with ``python -m``, but from a program that registers it."""
     register.register()
