@@ -32,6 +32,7 @@ from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
 from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
+from sb3_dreamer_gpld.zoo.sweep import whole_lines
 
 try:
     import fcntl
@@ -248,13 +249,11 @@ def rewind_monitor(file: Path, episodes: int | None) -> None:
     :param file: of one environment
     :param episodes: that it had when the run was saved; None: all stay
     """
-    header, names, *rows = file.read_text().splitlines()
+    header, names, *rows = whole_lines(file.read_text())  # the process may have been killed while it wrote
     settings, now = json.loads(header.removeprefix("#")), time.time()
     shift, kept = now - settings["t_start"], []
     for row in rows[:episodes]:
         values = row.split(",")
-        if len(values) < 3:  # the process was killed while it wrote
-            break
         values[2] = f"{float(values[2]) - shift:.6f}"
         kept.append(",".join(values))
     with atomic_file(file) as rewound:

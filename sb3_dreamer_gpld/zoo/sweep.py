@@ -60,14 +60,21 @@ class SweepRun(NamedTuple):
         return file.is_file() and int(file.read_text()) >= self.steps
 
     def progress(self) -> dict[str, float]:
-        """Steps so far, and the mean return of the last episodes, from what the run has logged."""
-        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in file.read_text().splitlines()[2:]]
-        rows = [row for row in csv.reader(lines) if len(row) >= 3]  # the last line may be half-written
-        rows.sort(key=lambda row: float(row[2]))
+        """Frames and episodes so far, and the mean return of the last episodes, from what the run has logged.
+
+        Frames are the environment's own steps, which ``ActionRepeat`` makes several of for one of the agent.
+        """
+        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in whole_lines(file.read_text())[2:]]
+        rows = sorted(csv.reader(lines), key=lambda row: float(row[2]))
         if not rows:
-            return {"steps": 0, "return": float("nan"), "episodes": 0}
+            return {"frames": 0, "return": float("nan"), "episodes": 0}
         returns = [float(row[0]) for row in rows[-LAST_EPISODES:]]
-        return {"steps": sum(int(row[1]) for row in rows), "return": sum(returns) / len(returns), "episodes": len(rows)}
+        return {"frames": sum(int(row[1]) for row in rows), "return": sum(returns) / len(returns), "episodes": len(rows)}
+
+
+def whole_lines(text: str) -> list[str]:
+    """The lines of a text, without a last one that is not written to its end yet."""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -208,6 +215,11 @@ def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
             if problems:
                 fail("\n".join(f"{file}, {name}, arm {arm}: {problem}" for problem in problems))
             steps = int(options.n_timesteps or entry["n_timesteps"])
+            if options.eval_freq > steps:
+                fail(
+                    f"--eval-freq {options.eval_freq}: a run in {task} has {steps} steps and would never be evaluated. "
+                    f"Allowed: at most {steps}"
+                )
             for seed in seeds:
                 place = folder / arm / NAME / f"{task.replace('/', '-')}_{seed + 1}"
                 run = SweepRun(task, arm, seed, steps, place)

@@ -50,6 +50,9 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
+HALF_LINES = ["", "-3", "-3.0,2", "-3.0,200,", "-3.0,200,30.5"]  # of a Monitor that was killed while it wrote
+
+
 def write_entry(file: Path, **keys: Any) -> None:
     """A hyperparameter file of the tests' settings, and further keys."""
     file.write_text(yaml.safe_dump({"default": {"n_timesteps": 600, **SETTINGS, **keys}}))
@@ -230,6 +233,13 @@ def test_what_is_wrong_is_said_before_anything_starts(
     assert not Path("sweep").exists()
 
 
+def test_a_sweep_whose_runs_would_never_be_evaluated(config: Path) -> None:
+    pytest.importorskip("ray")
+    options = sweep.parse(["--tasks", "Pendulum-v1", "-conf", str(config)])
+    with pytest.raises(SystemExit, match=r"--eval-freq 10000: a run in Pendulum-v1 has 600 steps .* Allowed: at most 600"):
+        sweep.prepare(options)
+
+
 def test_arms_are_written_with_spaces_or_commas() -> None:
     for words in (["gpld,v3", "wide"], ["gpld", "v3", "wide"]):
         assert sweep.parse(["--tasks", "Pendulum-v1", "--arms", *words]).arms == ["gpld", "v3", "wide"]
@@ -242,12 +252,13 @@ def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         sweep.main(["--tasks", "Pendulum-v1", "-conf", str(config)])
 
 
-def test_the_progress_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", HALF_LINES)
+def test_the_progress_of_a_run(half: str, tmp_path: Path) -> None:
     run = SweepRun("Pendulum-v1", "gpld", 0, 1000, tmp_path)
-    assert run.progress()["steps"] == 0 and not run.finished
-    (tmp_path / "0.monitor.csv").write_text("#{}\nr,l,t\n-10.0,200,1\n-20.0,200,2\n-3")
+    assert run.progress()["frames"] == 0 and not run.finished
+    (tmp_path / "0.monitor.csv").write_text(f"#{{}}\nr,l,t\n-10.0,200,1\n-20.0,200,2\n{half}")
     (tmp_path / "1.monitor.csv").write_text("#{}\nr,l,t\n-30.0,200,1.5\n")
-    assert run.progress() == {"steps": 600, "return": -20.0, "episodes": 3}
+    assert run.progress() == {"frames": 600, "return": -20.0, "episodes": 3}
     for steps, finished in ((999, False), (1000, True)):
         (tmp_path / "finished.txt").write_text(f"{steps}\n")
         assert run.finished == finished
@@ -269,9 +280,10 @@ def test_episodes_that_are_made_again_leave_the_monitors_file(tmp_path: Path) ->
     assert np.allclose(results["t"] - results["t"][0], [0.0, 10.0, 90.0], atol=5.0)
 
 
-def test_all_whole_episodes_stay_where_it_is_not_known_what_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", HALF_LINES)
+def test_all_whole_episodes_stay_where_it_is_not_known_what_was_saved(half: str, tmp_path: Path) -> None:
     file = tmp_path / "0.monitor.csv"
-    file.write_text('#{"t_start": 1.0}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n3.0,2')
+    file.write_text(f'#{{"t_start": 1.0}}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n{half}')
     rewind_monitor(file, None)
     assert load_results(str(tmp_path))["r"].tolist() == [1.0, 2.0]
 
