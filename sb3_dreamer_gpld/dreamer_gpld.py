@@ -38,7 +38,7 @@ from sb3_dreamer_gpld.config import (
     entropy_target,
 )
 from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
-from sb3_dreamer_gpld.envs import registered
+from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
@@ -480,8 +480,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self._last_episode_starts is not None
         replay_buffer.stage(self._last_episode_starts, *self._latents)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        frames = sum(frames if isinstance(frames := info.get("frames"), int) else 1 for info in infos)
-        self.num_frames += frames * self.processes.size
+        self.num_frames += sum(map(frames_of, infos)) * self.processes.size
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
 
     # ------------------------------------------------------------------------------------------- learning

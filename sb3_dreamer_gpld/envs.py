@@ -9,7 +9,7 @@ The wrappers take plain numbers and lists only, so that a hyperparameter file of
 
 import difflib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsFloat
 
 import gymnasium as gym
@@ -40,12 +40,23 @@ def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
     return env.metadata.get("render_fps")
 
 
+def frames_of(info: Mapping[str, Any]) -> int:
+    """How many frames a step has made.
+
+    :param info: of the step
+    :return: what an ``ActionRepeat`` has counted, else 1
+    """
+    frames = info.get("frames")
+    return frames if isinstance(frames, int) else 1
+
+
 class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Apply each action several times and return the sum of the rewards.
 
     Stops early when the episode ends. Observation and info are those of the last repetition; ``info["frames"]`` is the
-    number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode). Videos run
-    at the speed of the simulation: ``metadata["render_fps"]`` counts one picture per action, see ``steps_per_second``.
+    number of steps the wrapped environment made for this one (``repeat``, or fewer at the end of an episode; with another
+    ``ActionRepeat`` inside, the sum of its frames). Videos run at the speed of the simulation: ``metadata["render_fps"]``
+    counts one picture per action, see ``steps_per_second``.
 
     :param env: the environment to wrap
     :param repeat: how many times each action is applied, at least 1
@@ -66,11 +77,12 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         :param action: the action
         :return: last observation, sum of the rewards, terminated, truncated, last info with ``frames``
         """
-        total, frames, terminated, truncated = 0.0, 0, False, False
-        while frames < self.repeat and not (terminated or truncated):
+        total, steps, frames, terminated, truncated = 0.0, 0, 0, False, False
+        while steps < self.repeat and not (terminated or truncated):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
-            frames += 1
+            steps += 1
+            frames += frames_of(info)
         return obs, total, terminated, truncated, {**info, "frames": frames}
 
 

@@ -75,6 +75,14 @@ def test_action_repeat_stops_at_the_end_of_the_episode(truncate: bool) -> None:
     assert env.step(0)[4]["frames"] == 3
 
 
+def test_action_repeat_counts_the_frames_of_another_one_below() -> None:
+    env = ActionRepeat(ActionRepeat(Counter(length=7), repeat=2), repeat=3)
+    env.reset()
+    obs, reward, _, _, info = env.step(0)
+    assert obs == [6] and reward == 21 and info["frames"] == 6
+    assert env.step(0)[2:4] == (False, True) and env.unwrapped.count == 7
+
+
 def test_action_repeat_of_one_changes_nothing() -> None:
     plain, repeated = Counter(), ActionRepeat(Counter(), repeat=1)
     plain.reset()
