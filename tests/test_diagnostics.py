@@ -396,6 +396,15 @@ def test_wrong_callbacks(make: Callable[[], BaseCallback], message: str) -> None
     assert model.num_timesteps == 0
 
 
+def test_windows_are_as_long_as_the_buffer_makes_them() -> None:
+    """Also where the model's batch_length is another one."""
+    model = tiny(Counter(), batch_length=16, replay_buffer_kwargs=dict(batch_length=6))
+    with pytest.raises(ValueError, match="batch_length=6 steps, but context=6 and horizon=None"):
+        model.learn(40, callback=OpenLoopCallback(eval_freq=20, context=6))
+    for horizon in (None, 4):
+        model.learn(40, callback=OpenLoopCallback(eval_freq=20, context=2, horizon=horizon))
+
+
 def test_callbacks_without_a_decoder(tmp_path: Path) -> None:
     """Errors of reward and continuation are logged, and no video is; one that is asked for is refused."""
     pytest.importorskip("tensorboard")

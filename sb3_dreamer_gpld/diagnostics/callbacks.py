@@ -161,15 +161,20 @@ class OpenLoopCallback(_ReplayCallback):
 
     def _init_callback(self) -> None:
         super()._init_callback()
-        model: Any = self.model
-        room = model.batch_length - self.context
+        steps = self._window_steps()
+        room = steps - self.context
         if room < 1 or (self.horizon is not None and self.horizon > room):
             raise ValueError(
-                f"Replayed windows have batch_length={model.batch_length} steps, but context={self.context} and "
+                f"Replayed windows have batch_length={steps} steps, but context={self.context} and "
                 f"horizon={self.horizon} were asked for; context + horizon must not be more, and horizon at least 1"
             )
         if self.video:
-            image_key(model.policy)  # raises its own message
+            image_key(self.model.policy)  # type: ignore[arg-type]  # raises its own message
+
+    def _window_steps(self) -> int:
+        """Steps of a replayed window: the buffer may have been given others than the model."""
+        model: Any = self.model
+        return model.replay_buffer.batch_length
 
     def _on_training_start(self) -> None:
         if self.video and not self._has_tensorboard():
@@ -179,7 +184,7 @@ class OpenLoopCallback(_ReplayCallback):
         return any(isinstance(output, TensorBoardOutputFormat) for output in self.logger.output_formats)
 
     def _measure(self, model: DreamerGPLD, batch: Batch) -> dict[str, float]:
-        horizon = min(50, model.batch_length - self.context) if self.horizon is None else self.horizon
+        horizon = min(50, self._window_steps() - self.context) if self.horizon is None else self.horizon
         batch = batch.steps(slice(self.context + horizon))
         result = open_loop(model.policy, batch, self.context, model.gamma)
         self._write_videos(model, batch, result)
