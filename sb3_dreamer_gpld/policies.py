@@ -287,7 +287,8 @@ class DreamerPolicy(BasePolicy):
         :param deterministic: take the most probable latent and action; no random number is drawn
         :return: actions in the space's dtype and bounds, and the new memory (deter (E, D), stoch (E, C, K),
             action (E, A), and with a planner its plan (E, H, A)); the arguments are left as they are
-        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments, or to another planner
+        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments, or ``state`` to another
+            policy or planner
         """
         self.set_training_mode(False)
         if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
@@ -322,13 +323,13 @@ class DreamerPolicy(BasePolicy):
         memory = RecurrentState(*(th.as_tensor(x, dtype=th.float32, device=self.device) for x in state))
         if len(memory.deter) != n_envs:
             raise ValueError(f"state belongs to {len(memory.deter)} environments, but there are {n_envs} observations")
-        expected = None if self.planner is None else self.planner.initial(memory.action).shape[1:]
-        found = None if memory.plan is None else memory.plan.shape[1:]
-        if found != expected:
-            raise ValueError(
-                f"state holds a plan of shape {found and tuple(found)}, and this policy's planner makes "
-                f"{expected and tuple(expected)}; allowed: a state that this policy returned, or None where all episodes start"
-            )
+        for name, given, own in zip(RecurrentState._fields, memory, self.initial_state(n_envs), strict=True):
+            found, expected = (None if x is None else tuple(x.shape) for x in (given, own))
+            if found != expected:
+                raise ValueError(
+                    f"state holds a {name} of shape {found}, and this policy's has {expected}; allowed: a state that this "
+                    "policy returned, or None where all episodes start"
+                )
         return memory
 
     def _warn_of_lost_state(self, without_state: bool) -> None:

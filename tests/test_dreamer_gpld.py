@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,11 @@ def test_predict_keeps_and_drops_the_state() -> None:
         model.predict(observation[:1], fresh)
     with pytest.raises(ValueError, match="state has 2 parts; allowed: a state that this policy returned"):
         model.predict(observation, fresh[:2])  # as RecurrentPPO's
+    for number, name in enumerate(("deter", "stoch", "action")):  # of nets of another size, or of other actions
+        other = tuple(x[:, 1:] if i == number else x for i, x in enumerate(fresh))
+        shapes = f"{other[number].shape}, and this policy's has {fresh[number].shape}; allowed: a state that this"
+        with pytest.raises(ValueError, match=re.escape(f"state holds a {name} of shape {shapes}")):
+            model.predict(observation, other)
     np.testing.assert_array_equal(
         model.predict(observation, tuple(x.astype(np.float64) for x in fresh), deterministic=True)[1][0],
         second[0],  # type: ignore[index]

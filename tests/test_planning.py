@@ -189,7 +189,7 @@ def test_a_trained_model_is_loaded_with_another_planner(model: DreamerGPLD, tmp_
     assert len(plain.predict(x, episode_start=start)[1]) == 3  # type: ignore[arg-type]
     _, state = other.predict(x, episode_start=start)
     assert state is not None and state[3].shape == (1, 5, 3)
-    with pytest.raises(ValueError, match=r"plan of shape \(5, 3\).* makes \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"a plan of shape \(1, 5, 3\), .* has \(1, 3, 3\)"):
         model.predict(x, state)
     with pytest.raises(ValueError, match="plan of shape None"):
         model.predict(x, state[:3])
