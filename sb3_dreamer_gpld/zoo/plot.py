@@ -77,6 +77,8 @@ def main(name: str) -> None:
         parser.error(f"{len(options.exp_folders)} folders need as many labels, not {len(options.labels)}")
     if not 0 < options.ci_size < 1:
         parser.error(f"--ci-size must be between 0 and 1, not {options.ci_size}")
+    if options.reps < 1:
+        parser.error(f"--reps must be at least 1, not {options.reps}")
 
     runs = read_runs(options.exp_folders, options.labels, options.algos)
     wanted = [env.replace("/", "-") for env in options.env or ()]

@@ -35,6 +35,9 @@ def test_plot_draws_tasks_and_aggregate(folder: Path, capsys: pytest.CaptureFixt
         zoo.main(["plot", "-f", "a", "-e", "Foo-v1"])
     with pytest.raises(SystemExit):
         zoo.main(["plot", "-f", "a", "b", "-l", "one"])
+    with pytest.raises(SystemExit):
+        zoo.main(["plot", "-f", "a", "--reps", "0"])
+    assert "--reps must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_plot_reads_what_train_logged(trained: Path) -> None:
