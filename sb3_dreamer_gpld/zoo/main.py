@@ -107,35 +107,57 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
     :return: the arguments, and the folder of the run
     :raises SystemExit: the environment or the agent does not exist
     """
-    from huggingface_sb3 import EnvironmentName  # type: ignore[import-untyped]
-    from rl_zoo3.utils import get_model_path
-
     options = parse(args, "folder", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint", "env_kwargs")
     say_environment(options)
     prepare_environment(options.env, options.gym_packages, rendering)
-    algo, folder = options.algo or NAME, options.folder or "logs"
+    options.algo, options.folder = options.algo or NAME, options.folder or "logs"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Inside rl_zoo3: what it returns and raises
-            _, _, run = get_model_path(
-                options.exp_id,
-                folder,
-                algo,
-                EnvironmentName(options.env),
-                options.load_best,
-                options.load_checkpoint,
-                options.load_last_checkpoint,
-            )
-    except (AssertionError, ValueError) as error:
-        fail(f"{error}. Train an agent first, or name the folder of the runs with -f")
+        run, name = _find_run(options, options.exp_id)
+    except ValueError as error:
+        newest = _newest_run(options) if options.exp_id == 0 else None
+        other = "" if newest is None else f", or take the newest run that has it: --exp-id {newest}"
+        fail(f"{error}. Train an agent first, or name the folder of the runs with -f{other}")
     env_kwargs: dict[str, object] = {}
     if rendering and suite_of(options.env) is DM_CONTROL:
         # The tasks' own cameras follow the robot, unlike the free one that Shimmy takes
         env_kwargs["render_kwargs"] = {"camera_id": 2 if "/quadruped-" in options.env else 0}
     # Inside rl_zoo3: of its scripts only enjoy reads those of the hyperparameter file
-    env_kwargs.update(recorded_env_kwargs(Path(run) / EnvironmentName(options.env)))
+    env_kwargs.update(recorded_env_kwargs(run / name))
     given, args = take(args, "--env-kwargs", nargs="+", default=[])
     words = [*(f"{name}:{value!r}" for name, value in env_kwargs.items()), *given]
-    return [*args, "--algo", algo, "-f", folder, *(["--env-kwargs", *words] if words else [])], Path(run)
+    return [*args, "--algo", options.algo, "-f", options.folder, *(["--env-kwargs", *words] if words else [])], run
+
+
+def _find_run(options: argparse.Namespace, number: int) -> tuple[Path, str]:
+    """The run that an agent is loaded from.
+
+    :param options: as :func:`_prepare_agent` has completed them
+    :param number: of the run; 0: the last one
+    :return: its folder, and how rl_zoo3 writes the environment in names of files
+    :raises ValueError: there is no such run, or no such agent in it
+    """
+    from huggingface_sb3 import EnvironmentName  # type: ignore[import-untyped]
+    from rl_zoo3.utils import get_model_path
+
+    name = EnvironmentName(options.env)
+    which = options.load_best, options.load_checkpoint, options.load_last_checkpoint
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Inside rl_zoo3: what it returns and raises
+            return Path(get_model_path(number, options.folder, options.algo, name, *which)[2]), name
+    except AssertionError as error:
+        raise ValueError(str(error)) from error
+
+
+def _newest_run(options: argparse.Namespace) -> int | None:
+    """The number of the newest run with the agent that is asked for; None if there is none."""
+    from rl_zoo3.utils import get_latest_run_id
+
+    last = get_latest_run_id(str(Path(options.folder, options.algo)), options.env.replace("/", "-"))
+    for number in range(last, 0, -1):
+        with contextlib.suppress(ValueError):
+            _find_run(options, number)
+            return number
+    return None
 
 
 def _enjoy(args: list[str]) -> None:

@@ -87,6 +87,11 @@ class Experiment(ExperimentManager):
                 restore_evaluations(callback, self.done)
         return model, hyperparams
 
+    @property
+    def logs(self) -> bool:
+        """Whether this process writes into the folder of the run; a study has none."""
+        return self.processes.is_first and not self.optimize_hyperparameters
+
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         hyperparams, saved = super().read_hyperparameters()
         return copy.deepcopy(hyperparams), saved  # rl_zoo3 writes into dicts of the first, and the second becomes config.yml
@@ -153,7 +158,7 @@ class Experiment(ExperimentManager):
                 file.write(f"{model.num_timesteps}\n".encode())
 
     def create_log_folder(self) -> None:
-        if self.processes.is_first:
+        if self.logs:
             super().create_log_folder()
         self.processes.sums([0.0])  # nobody goes on before it is there
 
@@ -175,7 +180,7 @@ class Experiment(ExperimentManager):
         # Here, since rl_zoo3 sets monitor_kwargs in between for some tasks
         make = going_on_monitors if self.saved else make_vec_env
         with mock.patch.object(exp_manager, "make_vec_env", make):
-            return super().create_envs(n_envs, eval_env, no_log or not self.processes.is_first)
+            return super().create_envs(n_envs, eval_env, no_log or not self.logs)
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.processes.is_first:
@@ -238,9 +243,9 @@ def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
-def going_on_monitors(*args: Any, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
+def going_on_monitors(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
     """Environments as Stable-Baselines3 makes them, whose Monitors go on with the files that are there; arguments as there."""
-    return make_vec_env(*args, monitor_kwargs={**monitor_kwargs, "override_existing": False}, **kwargs)
+    return make_vec_env(make_env, monitor_kwargs={**monitor_kwargs, "override_existing": False}, **kwargs)
 
 
 def rewind_monitor(file: Path, episodes: int | None) -> None:

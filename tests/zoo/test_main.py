@@ -103,6 +103,18 @@ def test_other_algorithms_keep_their_own_file(folder: Path) -> None:
     assert zoo._prepare_training(["--env", "Pendulum-v1"])[-1] == str(arguments.CONFIGS / "dreamer_gpld.yml")
 
 
+def test_a_run_without_a_model_names_one_that_has_it(folder: Path) -> None:
+    """It was killed."""
+    for number in (1, 2, 3):
+        run = folder / "logs" / "dreamer_gpld" / f"Pendulum-v1_{number}"
+        (run / "Pendulum-v1").mkdir(parents=True)
+        if number < 3:
+            (run / "Pendulum-v1.zip").touch()
+    for options, hint in (([], "--exp-id 2$"), (["--load-best"], "with -f$"), (["--exp-id", "3"], "with -f$")):
+        with pytest.raises(SystemExit, match=f"No model found.*Train an agent first.*{hint}"):
+            zoo.main(["enjoy", "--env", "Pendulum-v1", "--no-render", *options])
+
+
 @pytest.mark.parametrize("given", ["dreamer_v3", "dreamer_v3.yml", "zoo_configs/dreamer_v3.yml", "./dreamer_v3.yml"])
 def test_files_of_the_package_are_found_by_their_names(folder: Path, given: str) -> None:
     assert arguments.find_config(given) == str(arguments.CONFIGS / "dreamer_v3.yml")

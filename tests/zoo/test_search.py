@@ -64,6 +64,7 @@ def test_a_failed_trial_does_not_end_the_study(
     zoo.main(["optimize", *STUDY, "--n-trials", "2"])
     assert rl_zoo3.train.ExperimentManager is manager
     assert "Trial 0 failed and is pruned: FloatingPointError" in capsys.readouterr().err
+    assert not list(folder.glob("logs/dreamer_gpld/Pendulum-v1_*"))  # where enjoy would look for the last run
     # the study goes on where it ended
     zoo.main(["optimize", *STUDY, "--n-trials", "1"])
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("study.log"))
