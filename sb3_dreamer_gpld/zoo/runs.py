@@ -29,7 +29,7 @@ from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
-from sb3_dreamer_gpld.saving import atomic_file
+from sb3_dreamer_gpld.saving import atomic_file, staged
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
 from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
 from sb3_dreamer_gpld.zoo.sweep import whole_lines
@@ -117,6 +117,12 @@ class Experiment(ExperimentManager):
                 f"--run-folder {folder}: the run there is finished, and nothing was saved that it could go on from, so that "
                 "it would be overwritten. Allowed: another folder"
             )
+        model = folder / f"{self.env_name}.zip"
+        if not self.saved and model.exists():
+            fail(
+                f"--run-folder {folder}: the run there was stopped, and nothing was saved that it could go on from, so that "
+                f"{model.name} would be overwritten. Allowed: another folder, or move that file away first"
+            )
 
     def _check_hyperparameters(self) -> None:
         """:raises SystemExit: a saved run would go on with other hyperparameters than it was begun with"""
@@ -184,7 +190,10 @@ class Experiment(ExperimentManager):
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.processes.is_first:
-            super()._save_config(saved_hyperparams)
+            folder = Path(self.params_path)
+            # A run that goes on reads what is there, so that it must always be whole
+            with staged(folder) as temporary, mock.patch.object(self, "params_path", str(temporary)):
+                super()._save_config(saved_hyperparams)
 
 
 def lock(folder: Path) -> IO[str] | None:

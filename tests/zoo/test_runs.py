@@ -455,6 +455,38 @@ def test_monitors_with_arguments_go_on_with_their_files(
     assert load_results(str(tmp_path / "run"))["is_success"].tolist() == [True] * 4
 
 
+def test_a_model_that_was_stopped_is_not_overwritten(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rl_zoo3 saves it after Ctrl-C, too."""
+
+    def stop(self: DreamerGPLD, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(DreamerGPLD, "learn", stop)
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "0.monitor.csv", "Pendulum-v1", "Pendulum-v1.zip"}
+    with pytest.raises(SystemExit, match="the run there was stopped, .* so that Pendulum-v1.zip would be overwritten"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+def test_a_run_goes_on_when_it_was_killed_while_its_settings_were_written(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--env", "Pendulum-v1", "-n", "40", "--save-run", "10"]
+    begin(tmp_path, monkeypatch, *words, "-n", "20")
+
+    def die(data: Any, file: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr("rl_zoo3.exp_manager.yaml.dump", die)
+        begin(tmp_path, monkeypatch, *words)
+    begin(tmp_path, monkeypatch, *words)
+    assert "Going on after 20 steps" in capsys.readouterr().out and steps_saved(tmp_path / "run") == 40
+    names = {path.name for path in (tmp_path / "run" / "Pendulum-v1").iterdir()}
+    assert names == {"args.yml", "command.txt", "config.yml"}
+
+
 def test_evaluations_that_cannot_be_read_do_not_stop_a_run(tmp_path: Path) -> None:
     """Stable-Baselines3 writes their file in place, and a run may be killed in between."""
     np.savez(tmp_path / "evaluations.npz", timesteps=[10], results=[[1.0]], ep_lengths=[[3]])
