@@ -439,6 +439,7 @@ def test_callback_of_another_algorithm() -> None:
 
 def diagnose(args: str) -> int:
     pytest.importorskip("matplotlib")
+    pytest.importorskip("rl_zoo3")
     from sb3_dreamer_gpld.zoo import main as zoo
 
     return zoo.main(["diagnose", *args.split()])

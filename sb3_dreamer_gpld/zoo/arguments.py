@@ -157,7 +157,7 @@ def find_environment(conf_file: str, env_id: str) -> tuple[Callable[[gym.Env], g
     name, entry = choose_entry(find_config(conf_file), env_id)
     for key in ("frame_stack", "normalize", "vec_env_wrapper"):
         if entry.get(key):
-            fail(f"{conf_file}, {name}: diagnose knows env_wrapper only, not {key}")
+            fail(f"{conf_file}, {name}: diagnose knows env_wrapper and env_kwargs only, not {key}")
     return get_wrapper_class(entry), entry.get("env_kwargs") or {}
 
 
