@@ -5,7 +5,7 @@ Usage: python -m benchmarks.gpu [--minutes 8] [--to runs/gpu] [--device cuda] [-
 In this order, each part in a process of its own, so that one that breaks leaves the others:
 
     packages  what is missing here, and what the card is
-    tests     tests/test_cuda.py
+    tests     tests/test_cuda.py; what it compiles comes after the times of updates
     parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
               and captured as a CUDA graph
     update    milliseconds, kernels and memory of an update, for each size, penalty and way to run it, as far as the time goes
@@ -343,6 +343,9 @@ def run_part(part: Part, device: str, folder: Path, seconds: float) -> dict[str,
             os.killpg(running.pid, signal.SIGKILL)  # with the processes that it has started
             output, _ = running.communicate()
             status = "stopped"
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
     found = json.loads(out.read_text()) if out.exists() else {}
     if status != "ok":
         found["output"] = output[-4000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,7 +105,8 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     if algorithm.gradient_steps is not None:
         check_int("gradient_steps (or None)", algorithm.gradient_steps, -1)
     if algorithm.train_ratio is None:
-        algorithm.train_ratio = algorithm.batch_size * algorithm.batch_length / 2
+        replayed = (algorithm.replay_buffer_kwargs or {}).get("batch_length", algorithm.batch_length)
+        algorithm.train_ratio = algorithm.batch_size * replayed / 2
     check_range("train_ratio", algorithm.train_ratio, 0.0, float("inf"))
     check_range("gamma", algorithm.gamma, 0.0, 1.0)
     check_range("return_lambda", algorithm.return_lambda, 0.0, 1.0)
@@ -171,12 +171,6 @@ def check_processes(algorithm: DreamerGPLD) -> None:
     processes = algorithm.processes
     if processes.size == 1:
         return
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if algorithm.device.type == "cuda" and here > th.cuda.device_count():
-        raise ValueError(
-            f"{here} processes of this machine cannot share its {th.cuda.device_count()} GPUs; allowed: at most as many "
-            "processes (torchrun --nproc-per-node), or device='cpu'"
-        )
     if algorithm.get_vec_normalize_env() is not None:
         raise ValueError(
             f"VecNormalize cannot be used in {processes.size} processes, since each would scale by statistics of its own; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_dreamer_gpld import parallel
@@ -45,7 +44,6 @@ from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.pace import (
     Pace,
-    share_progress_bar,
     tell,
     updates_per_step,
     warn_before_updates,
@@ -264,7 +262,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.precision = precision
         self.compile = compile
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
-        self._penalty_waits = penalty_start  # the penalty_start that it was moved on to; it counts once
+        self._penalty_waits: int | None = None  # the penalty_start that it was moved on to, which counts once
         self.update_ratio = UpdateRatio()
         self._state: RecurrentState | None = None
         self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
@@ -275,18 +273,6 @@ class DreamerGPLD(ResumableAlgorithm):
             self._setup_model()
 
     # -------------------------------------------------------------------------------------------- set-up
-
-    @property
-    def stats_window_size(self) -> int:
-        """:return: episodes over which the logged return is averaged; it can change"""
-        return self._stats_window_size
-
-    @stats_window_size.setter
-    def stats_window_size(self, episodes: int) -> None:
-        self._stats_window_size = episodes
-        for name in ("ep_info_buffer", "ep_success_buffer"):
-            if getattr(self, name, None) is not None:
-                setattr(self, name, deque(getattr(self, name), maxlen=episodes))
 
     def _setup_model(self) -> None:
         self.processes = parallel.current()
@@ -314,6 +300,8 @@ class DreamerGPLD(ResumableAlgorithm):
         self._make_replay_buffer()
         self._convert_train_freq()
         check_processes(self)
+        if self._penalty_waits is None:
+            self._penalty_waits = self.penalty_start
         self._state = None  # the number of environments may have changed in load()
         self._renew_exploration(self.__dict__.pop("_noise_episodes", None))
         self.update_ratio = UpdateRatio(self.__dict__.pop("_update_credit", self.update_ratio.credit))
@@ -535,7 +523,6 @@ class DreamerGPLD(ResumableAlgorithm):
         self._update_seconds, self._logged_at, self._logged_step = 0.0, time.perf_counter(), -1
         self._compile_if_it_pays(total_timesteps - self.num_timesteps)
         callback.on_training_start(locals(), globals())
-        share_progress_bar(callback, self.processes.size)
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
@@ -559,6 +546,8 @@ class DreamerGPLD(ResumableAlgorithm):
                 self._keep_due_updates(rollout.episode_timesteps)
                 break
             updates = self._due_updates(rollout.episode_timesteps)
+            if self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # whose length is now known
+                self._compile_if_it_pays(total_timesteps - self.num_timesteps)
             if updates > 0:
                 start = time.perf_counter()
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
@@ -578,6 +567,8 @@ class DreamerGPLD(ResumableAlgorithm):
             yield
         except BaseException:
             self._last_obs = None
+            if self._exploration is not None:
+                self._exploration.reset()
             raise
 
     def _all_go_on(self, continue_training: bool) -> bool:
@@ -670,6 +661,7 @@ class DreamerGPLD(ResumableAlgorithm):
         waiting = self._n_updates <= self._penalty_update or self.penalty_start != self._penalty_waits
         if waiting and self.num_timesteps < self.penalty_start:
             self._penalty_update = self._n_updates + gradient_steps
+        if waiting or self.num_timesteps >= self.penalty_start:
             self._penalty_waits = self.penalty_start
         learner = self.learner
         learner.config = self._learner_config()

@@ -156,6 +156,8 @@ class Learner:
         try:
             outcome: Outcome = self.execution.run_whole(self.step, self._key, inputs)
         except Exception as error:  # the backward pass is compiled when it is first needed; nothing has changed before
+            if self.processes.size > 1:
+                raise  # the others are in the middle of it
             self.execution.give_up_compiling(error)
             outcome = self.execution.run_whole(self.step, self._key, inputs)
         self.faults.note(number, outcome.checked, outcome.not_finite)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -85,23 +84,9 @@ def tell(text: str | None, callback: BaseCallback, verbose: int) -> None:
         return
     if verbose >= 1:
         print(f"Learning: {text}")
-    for bar in _progress_bars(callback):
-        bar.pbar.set_description(text)
-
-
-def share_progress_bar(callback: BaseCallback, processes: int) -> None:
-    """Have the progress bar end with the run: it counts the steps of one process.
-
-    :param callback: of a run that has started
-    :param processes: how many make the steps of the run
-    """
-    for bar in _progress_bars(callback):
-        if processes > 1:
-            bar.pbar.reset(total=math.ceil(bar.pbar.total / processes))
-
-
-def _progress_bars(callback: BaseCallback) -> list[ProgressBarCallback]:
-    return [part for part in getattr(callback, "callbacks", [callback]) if isinstance(part, ProgressBarCallback)]
+    for part in getattr(callback, "callbacks", [callback]):
+        if isinstance(part, ProgressBarCallback):
+            part.pbar.set_description(text)
 
 
 def warn_without_room(algorithm: DreamerGPLD) -> None:
@@ -155,9 +140,11 @@ def warn_before_updates(algorithm: DreamerGPLD, total_timesteps: int) -> bool:
     assert buffer is not None
     needed = min(algorithm.learning_starts, buffer.buffer_size * algorithm.n_envs * algorithm.processes.size - 1)
     # A step is a row, and an episode one more: at most two
-    most = int(buffer.stored_rows().sum()) + 2 * (total_timesteps - algorithm.num_timesteps)
+    most = int(buffer.stored_rows().sum()) * algorithm.processes.size + 2 * (total_timesteps - algorithm.num_timesteps)
     if most > needed and (algorithm.gradient_steps is None or total_timesteps > algorithm.learning_starts):
         return False
+    if isinstance(algorithm.train_freq, TrainFreq) and algorithm.train_freq.unit == TrainFrequencyUnit.EPISODE:
+        return False  # the last episode goes on beyond the end
     warnings.warn(
         f"The run ends after {total_timesteps} steps, before the first update: "
         f"learning_starts={algorithm.learning_starts} steps are collected before",
@@ -171,12 +158,13 @@ def warn_without_updates(algorithm: DreamerGPLD) -> None:
 
     :param algorithm: has learned
     """
-    if algorithm._n_updates or not _wants_updates(algorithm):
-        return
-    assert algorithm.replay_buffer is not None
+    buffer = algorithm.replay_buffer
+    assert buffer is not None
+    if algorithm._n_updates or not _wants_updates(algorithm) or buffer.buffer_size <= buffer.batch_length:
+        return  # the last is told before
     warnings.warn(
         f"The run of {algorithm.num_timesteps} steps ended before the first update. It comes when more than "
-        f"learning_starts={algorithm.learning_starts} rows are stored, and of one of the {algorithm.n_envs} environments more "
-        f"than batch_length={algorithm.replay_buffer.batch_length}",
+        f"learning_starts={algorithm.learning_starts} rows are stored, of one of the {algorithm.n_envs} environments more "
+        f"than batch_length={buffer.batch_length}, and train_ratio or gradient_steps then makes a whole update due",
         stacklevel=3,
     )

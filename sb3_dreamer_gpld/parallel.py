@@ -109,11 +109,16 @@ class Processes:
 
     def _exchange(self, function: Any, *args: Any) -> None:
         """
-        :raises RuntimeError: another process ended or does not answer
+        :raises RuntimeError: another process ended, does not answer, or has the same GPU
         """
         try:
             function(*args)
         except RuntimeError as error:
+            if "Duplicate GPU" in str(error):
+                raise RuntimeError(
+                    f"Process {self.rank} of {self.size} has the same GPU as another one, which NCCL does not take; allowed: "
+                    "at most as many processes as GPUs (torchrun --nproc-per-node), or device='cpu'"
+                ) from error
             raise RuntimeError(
                 f"Process {self.rank} of {self.size} lost another one: it ended, or does not answer. torchrun names the one "
                 f"that ended first, below. ({str(error)[:200]})"

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +95,18 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self._missing_share: Path | None = None  # of a loaded run: this process's file, if it is not there
         self._counted_first = False  # of a loaded run: VecNormalize's statistics have the observations that it starts from
         self._saved: list[tuple[str, Any]] = []  # by the first process, and not yet by the others: method and path
+
+    @property
+    def stats_window_size(self) -> int:
+        """:return: episodes over which the logged return is averaged; it can change"""
+        return self._stats_window_size
+
+    @stats_window_size.setter
+    def stats_window_size(self, episodes: int) -> None:
+        self._stats_window_size = episodes
+        if self.ep_info_buffer is not None and self.ep_success_buffer is not None:
+            self.ep_info_buffer = deque(self.ep_info_buffer, maxlen=episodes)
+            self.ep_success_buffer = deque(self.ep_success_buffer, maxlen=episodes)
 
     def save(
         self,
@@ -189,8 +202,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         may compile one of the two and not the other).
 
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3; those of the
-        constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own; without one
-        its environments are seeded by the model's seed and the steps made, so that their starts are not those of before.
+        constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own.
+        Environments are seeded by the seed and the steps that were made, so that their starts are not those of before.
 
         :raises FileNotFoundError: there is no such file
         :raises TypeError: there is no such argument; names the closest one
@@ -200,13 +213,14 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         attributes = check_model_file(path)
         inits = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, ResumableAlgorithm)]
         check_names(cls, inits, [name for name in kwargs if name not in attributes or name in KNOWN_ELSEWHERE])
-        if "stats_window_size" in kwargs:  # SB3 keeps it under this name
-            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+        episodes = kwargs.pop("stats_window_size", None)
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)  # type: ignore[arg-type]
         model._load_share(path)
+        if episodes is not None:
+            model.stats_window_size = episodes
         if kwargs.get("seed") is not None:
             model._rng_states, model._reseeded = None, True
-        elif model.seed is not None and model.env is not None and model.num_timesteps:
+        if model.seed is not None and model.env is not None and model.num_timesteps:
             model.env.seed(model._own_seed(model.seed + model.num_timesteps))  # not the same starts again
         return model
 

@@ -77,8 +77,10 @@ def test_ratios_and_correlations_leave_out_what_was_not_measured() -> None:
     one, other = np.array([[2.0, np.nan, 3.0], [8.0, np.nan, np.nan]]), np.ones((2, 3))
     assert scores.ratios(one, other) == pytest.approx([4.0, np.nan, 3.0], nan_ok=True)
     assert scores.ratio(one, other) == pytest.approx(np.sqrt(12.0)) and page.number(scores.ratio(one[:, 1:2], other)) == "–"
-    alike = scores.within_arms(np.array([[[1.0], [3.0]], [[10.0], [14.0]]]))  # (2, 2, 1): arms far apart
-    assert alike.tolist() == [[-1.0], [1.0], [-2.0], [2.0]]
+    one[0, 0] = 0.0  # no number has a logarithm there
+    assert scores.ratios(one, other)[0] == pytest.approx(8.0)
+    alike = scores.within_arms(np.array([[[1.0], [3.0]], [[10.0], [14.0]], [[5.0], [np.nan]]]))  # (3, 2, 1): arms far apart
+    np.testing.assert_equal(alike.ravel(), [-1.0, 1.0, -2.0, 2.0, 0.0, np.nan])
 
 
 def write_run(job: Job, returns: np.ndarray, measures: float | None) -> None:
@@ -133,9 +135,13 @@ def test_one_seed_has_no_interval(results: Path) -> None:
 
 def test_the_page_says_what_is_left_out(results: Path) -> None:
     write_run(Job(NONE, "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), None)
-    text = "\n".join(page.finished_table(protocol.complete()))
-    assert text.startswith("**4 of 24 blocks are finished**") and f"in the tables:\nnone, hopper-hop, {SEEDS[0]}. " in text
-    assert text.endswith(f"\nnone, walker-walk, {SEEDS[1]}.")
+    write_run(Job("penalty-prior-5", "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), 1.0)
+    blocks, tables, left, unmeasured = page.finished_table(protocol.complete())
+    assert blocks == "**4 of 24 blocks are finished.**"
+    assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard; intervals begin with two seeds."
+    assert left.endswith(f"not in the tables: none, hopper-hop, {SEEDS[0]}; prior 5, hopper-hop, {SEEDS[0]}.")
+    assert unmeasured.endswith(f"not measured: none, hopper-hop, {SEEDS[0]}; none, walker-walk, {SEEDS[1]}.")
+    assert len(list(page.finished_table(protocol.Seeds((), ())))) == 3
 
 
 def test_an_unfinished_seed_waits(results: Path) -> None:

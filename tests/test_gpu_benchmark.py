@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -54,12 +55,15 @@ def test_a_part_that_is_stopped_takes_its_processes_along(tmp_path: Path, monkey
         return popen([sys.executable, "-c", inner], **kwargs)
 
     monkeypatch.setattr(gpu.subprocess, "Popen", started)
-    found = gpu.run_part(gpu.Part("tests", {"chosen": "x"}, 5.0), "cpu", tmp_path, 5.0)
+    found = gpu.run_part(gpu.Part("tests", {"chosen": "x"}, 10.0), "cpu", tmp_path, 10.0)
     assert found["status"] == "stopped" and found["output"] == "began\n"
+    status = Path(f"/proc/{noted.read_text()}/stat")
     for _ in range(100):
-        if not Path(f"/proc/{noted.read_text()}").exists():
-            break
-        time.sleep(0.05)
+        with contextlib.suppress(FileNotFoundError):
+            if status.read_text().rsplit(")", 1)[1].split()[0] != "Z":  # whose parent has not looked yet
+                time.sleep(0.05)
+                continue
+        break
     else:
         pytest.fail("it goes on")
 

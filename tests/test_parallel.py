@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from test_dreamer_gpld import tiny
 
 from sb3_dreamer_gpld import parallel
-from sb3_dreamer_gpld.arguments import check_processes
 from sb3_dreamer_gpld.config import RECONSTRUCTIONS
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 
@@ -290,15 +288,12 @@ def test_a_process_that_dies_ends_all_and_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("Pendulum-v1")
-    model.processes, model.device = Processes(0, 4), th.device("cuda")
-    monkeypatch.setattr(th.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes of this machine cannot share its 1 GPUs; allowed: at most as many"):
-        check_processes(model)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one on each of four machines
-    check_processes(model)
+def test_two_processes_with_one_gpu_are_told() -> None:
+    def refused(*args: object) -> None:
+        raise RuntimeError("ncclInvalidUsage. Last error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
+
+    with pytest.raises(RuntimeError, match="Process 1 of 2 has the same GPU as another one, .* allowed: at most as many"):
+        Processes(1, 2)._exchange(refused)
 
 
 @pytest.mark.parametrize(("backends", "allowed"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo", True)])

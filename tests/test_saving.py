@@ -631,7 +631,9 @@ def test_episodes_of_the_logged_mean_can_change(tmp_path: Path) -> None:
     trained.learn(40, reset_num_timesteps=False)
     assert len(trained.ep_info_buffer) == 3
     trained.save(tmp_path / "model")
-    assert DreamerGPLD.load(tmp_path / "model", device="cpu", stats_window_size=7).stats_window_size == 7
+    loaded = DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu", stats_window_size=2)
+    assert loaded.learn(20, reset_num_timesteps=False).stats_window_size == 2
+    assert loaded.ep_info_buffer is not None and len(loaded.ep_info_buffer) == 2 == loaded.ep_info_buffer.maxlen
 
 
 def test_action_noise_follows_the_number_of_environments(tmp_path: Path) -> None:

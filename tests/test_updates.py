@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_saving import Clock
 
-from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld import DreamerGPLD, dreamer_gpld
 from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
@@ -275,6 +275,7 @@ def test_the_length_of_windows_is_that_of_the_buffer() -> None:
     """``replay_buffer_kwargs`` may name another one, and the train ratio holds for it."""
     model = tiny("Pendulum-v1", train_ratio=8, replay_buffer_kwargs={"batch_length": 4}).learn(80)
     assert model._n_updates == (80 - 32) * 8 // (4 * 4)
+    assert tiny("Pendulum-v1", train_ratio=None, replay_buffer_kwargs={"batch_length": 4}).train_ratio == 4 * 4 / 2
 
 
 def test_a_penalty_that_is_to_start_later_waits_again() -> None:
@@ -285,6 +286,8 @@ def test_a_penalty_that_is_to_start_later_waits_again() -> None:
     model.learn(60, reset_num_timesteps=False)
     start = model.penalty.start
     assert first < start < model._n_updates
+    model.penalty_start = 50  # which is over
+    model.learn(8, reset_num_timesteps=False)
     model.learn(60)  # a second run of the same model, whose penalty has started
     assert model.penalty.start == start
 
@@ -308,7 +311,21 @@ def test_updates_per_step(settings: dict[str, Any], steps: int, expected: float)
     assert updates_per_step(model) == pytest.approx(expected)
 
 
-def test_environments_that_end_together_are_logged_once(tmp_path: Path) -> None:
+def test_updates_after_episodes_are_compiled_when_their_length_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    settings = dict(gradient_steps=40, train_freq=(1, "episode"), compile="auto", learning_starts=10_000)
+    model = tiny(Monitor(Clock()), "MlpPolicy", **settings)
+    monkeypatch.setattr(dreamer_gpld, "AUTO_COMPILE_UPDATES", 100)
+    monkeypatch.setattr(model.learner.execution, "compile", lambda leave_out: compiled.append(model.num_timesteps))
+    model.learn(60)  # 40 updates after each of the two episodes that are left are less than 100
+    assert compiled == []
+    model.learn(100, callback=StopAfter(20))  # four are left
+    assert compiled == []  # it was stopped before
+    model.learn(100, callback=StopAfter(21))
+    assert compiled == [20]
+
+
+def test_environments_that_end_together_log_losses_once(tmp_path: Path) -> None:
     """Losses and the share of updates are those of the time since the last log, not of none at all."""
     model = tiny(DummyVecEnv([lambda: Monitor(Clock())] * 4), "MlpPolicy")
     model.set_logger(configure(str(tmp_path), ["csv"]))

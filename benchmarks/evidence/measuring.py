@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.evidence.protocol import ARMS, actions_file, checkpoint, jobs_of, measures_file
 from benchmarks.learning.ladder import Job, make_env, read_arms
@@ -91,7 +92,11 @@ def played(
 ) -> list[Batch]:
     """Episodes of a model on a run's task, or of known actions; their starts depend on the seed of the run alone."""
     start = 20_000 + job.seed
-    env: VecEnv = DummyVecEnv([lambda: make_env(read_arms()[job.arm], job.task, start)])  # type: ignore[list-item, return-value]
+
+    def made() -> Any:
+        return make_env(read_arms()[job.arm], job.task, start)
+
+    env = DummyVecEnv([made])
     try:
         return collect(model, env, EPISODES, MAX_STEPS, start, deterministic, actions)
     finally:

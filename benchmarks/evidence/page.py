@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from benchmarks.evidence.scores import (
     scores_of,
     within_arms,
 )
+from benchmarks.learning.ladder import Job
 from benchmarks.results import read_csv
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.plot import interquartile_mean, interval, mean
@@ -76,18 +77,31 @@ def header(*titles: str) -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------------- returns
 
 
+def named(jobs: Iterable[Job]) -> str:
+    """Runs by arm, task and seed."""
+    titles = ARMS | {name: f"{ARMS[arm]} {name.removeprefix(arm)[1:]}" for arm in PENALTIES for name in other_weights(arm)}
+    return "; ".join(f"{titles[job.arm]}, {job.task}, {job.seed}" for job in jobs) or "none"
+
+
 def finished_table(found: Seeds) -> Iterator[str]:
-    """How much of the protocol there is, and which finished runs are not in the tables."""
+    """How much of the protocol there is, which runs that began are not in the tables, and which were not measured."""
     blocks = [jobs_of(task, seed) for seed in SEEDS for task in TASKS]
     done = [jobs for jobs in blocks if all(job.finished for job in jobs)]
-    began = [job for jobs in blocks for job in jobs if read_csv(job.file)]
     shown = [job for task in found.tasks for seed in found.seeds for job in jobs_of(task, seed)]
-    yield f"**{len(done)} of {len(blocks)} blocks are finished**; the tables have seeds {', '.join(map(str, found.seeds))} of"
-    yield f"{', '.join(found.tasks)}. Intervals begin with two seeds. Runs that began and are not in the tables:"
-    left = [f"{ARMS[job.arm]}, {job.task}, {job.seed}" for job in began if job not in shown]
-    yield f"{'; '.join(left) or 'none'}. Finished runs whose model was not measured:"
-    unmeasured = [f"{ARMS[job.arm]}, {job.task}, {job.seed}" for jobs in done for job in jobs if not is_measured(job)]
-    yield f"{'; '.join(unmeasured) or 'none'}."
+    every = [job for jobs in blocks for job in jobs]
+    for arm in PENALTIES:
+        others = other_weights(arm)
+        there = complete(others)
+        shown += [job for task in there.tasks for seed in there.seeds for job in jobs_of(task, seed, others)]
+        every += [job for seed in SEEDS for task in TASKS for job in jobs_of(task, seed, others)]
+    began = [job for job in every if read_csv(job.file)]
+    unmeasured = [job for job in began if job.finished and not is_measured(job)]
+    yield f"**{len(done)} of {len(blocks)} blocks are finished.**"
+    if found.seeds:
+        seeds = ", ".join(map(str, found.seeds))
+        yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}; intervals begin with two seeds."
+    yield f"Runs that began and are not in the tables: {named(job for job in began if job not in shown)}."
+    yield f"Finished runs whose model was not measured: {named(unmeasured)}."
 
 
 def compared(arm: str, score: Score, tasks: Sequence[str], seeds: Sequence[int]) -> str:
@@ -191,9 +205,10 @@ def measures_table(found: Seeds) -> Iterator[str]:
     )
     for name, title in MEASURES.items():
         values = np.stack([of[arm][name] for arm in ARMS])  # (arms, seeds, tasks)
-        flat = values.reshape(-1, values.shape[-1]), returns.reshape(-1, returns.shape[-1])
+        seen = np.where(np.isfinite(values), returns, np.nan)  # of the models that were measured
+        flat = values.reshape(-1, values.shape[-1]), seen.reshape(-1, seen.shape[-1])
         cells = [ratio(of[arm][name], of[NONE][name]) for arm in PENALTIES]
-        cells += [rank_correlation(*flat), rank_correlation(within_arms(values), within_arms(returns))]
+        cells += [rank_correlation(*flat), rank_correlation(within_arms(values), within_arms(seen))]
         yield f"| {title} | {' | '.join(map(number, cells))} |"
 
 
@@ -269,7 +284,7 @@ def filled(page: str, found: Seeds) -> str:
     for name, table in TABLES.items():
         before, rest = page.split(f"<!-- table: {name} -->\n")
         _, after = rest.split("<!-- end -->\n", 1)
-        text = "\n".join(table(found)) if found.seeds else NO_BLOCK
+        text = "\n".join(table(found)) if found.seeds or table is finished_table else NO_BLOCK
         page = f"{before}<!-- table: {name} -->\n{text}\n<!-- end -->\n{after}"
     return page
 

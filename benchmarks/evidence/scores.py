@@ -1,10 +1,10 @@
 """What a run is judged by, and how arms are compared. All of it was written before the first run was finished.
 
 Scores are those of whole runs: the mean return of all training episodes (the area under the curve), and of those in the last
-tenth of the frames, divided by 1000, the largest return. Aggregates are interquartile means over tasks and seeds; intervals
-are percentiles of a bootstrap that draws seeds for each task by itself; the probability of improvement is that of Agarwal et
-al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (NeurIPS 2021). Differences are those of equal
-seeds.
+tenth of the frames, divided by 1000, the largest return. Aggregates are interquartile means over tasks and seeds, as in
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (NeurIPS 2021), whose probability of
+improvement is the one here. Differences are those of equal seeds; what decides is their mean, in the area under the curve, of
+the published arm from none over all tasks. Intervals are percentiles of a bootstrap that draws seeds for each task by itself.
 """
 
 from __future__ import annotations
@@ -109,21 +109,23 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def within_arms(values: np.ndarray) -> np.ndarray:
     """Values of runs without what the runs of their arm have in common on a task.
 
-    :param values: (arms, seeds, tasks)
+    :param values: (arms, seeds, tasks), NaN where there is none
     :return: (arms · seeds, tasks)
     """
-    return (values - values.mean(1, keepdims=True)).reshape(-1, values.shape[-1])
+    there = np.isfinite(values)
+    means = np.where(there, values, 0.0).sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
+    return (values - means).reshape(-1, values.shape[-1])
 
 
 def ratios(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Geometric means over the seeds of the ratios of two measures, (tasks,); NaN where none was measured.
+    """Geometric means over the seeds of the ratios of two measures, (tasks,); NaN where none is there or a number above 0.
 
     :param one, other: (seeds, tasks)
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(one / other)
-    count = np.isfinite(logs).sum(0)
-    return np.array([np.exp(np.nanmean(each)) if n else np.nan for each, n in zip(logs.T, count, strict=True)])
+    found = (column[np.isfinite(column)] for column in logs.T)
+    return np.array([np.exp(each.mean()) if len(each) else np.nan for each in found])
 
 
 def ratio(one: np.ndarray, other: np.ndarray) -> float:
