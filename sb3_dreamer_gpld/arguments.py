@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, dynamics_share, entropy_target, unknown_name
+from sb3_dreamer_gpld.config import (
+    ActionSpec,
+    check_int,
+    check_range,
+    dynamics_share,
+    entropy_target,
+    largest_entropy,
+    unknown_name,
+)
 from sb3_dreamer_gpld.planning import PlannerConfig
 
 if TYPE_CHECKING:
@@ -105,17 +113,15 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     if algorithm.gradient_steps is not None:
         check_int("gradient_steps (or None)", algorithm.gradient_steps, -1)
     if algorithm.train_ratio is None:
-        replayed = (algorithm.replay_buffer_kwargs or {}).get("batch_length", algorithm.batch_length)
-        algorithm.train_ratio = algorithm.batch_size * replayed / 2
+        algorithm.train_ratio = algorithm.batch_size * _window_steps(algorithm) / 2
     check_range("train_ratio", algorithm.train_ratio, 0.0, float("inf"))
     check_range("gamma", algorithm.gamma, 0.0, 1.0)
     check_range("return_lambda", algorithm.return_lambda, 0.0, 1.0)
     if algorithm.imagination_starts is not None:
         check_int("imagination_starts (or None)", algorithm.imagination_starts, 1)
-        if algorithm.imagination_starts > algorithm.batch_length:
-            raise ValueError(
-                f"imagination_starts must be at most batch_length={algorithm.batch_length}, not {algorithm.imagination_starts}"
-            )
+        steps = _window_steps(algorithm)
+        if algorithm.imagination_starts > steps:
+            raise ValueError(f"imagination_starts must be at most batch_length={steps}, not {algorithm.imagination_starts}")
     if algorithm.actor_learning_rate is not None and not callable(algorithm.actor_learning_rate):
         check_range("actor_learning_rate (or None, or a function)", algorithm.actor_learning_rate, 0.0, float("inf"))
     actions = ActionSpec.from_space(algorithm.action_space)
@@ -138,6 +144,11 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     _ = algorithm.penalty  # checks the rest
 
 
+def _window_steps(algorithm: DreamerGPLD) -> int:
+    """Steps of a replayed window."""
+    return (algorithm.replay_buffer_kwargs or {}).get("batch_length", algorithm.batch_length)
+
+
 def check_with_nets(algorithm: DreamerGPLD) -> None:
     """Look at the arguments that depend on the nets, or on their optimiser.
 
@@ -149,10 +160,17 @@ def check_with_nets(algorithm: DreamerGPLD) -> None:
         raise ValueError(
             f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {algorithm.penalty_rows}"
         )
-    if policy.config.reconstruction == "redundancy" and algorithm.batch_size * algorithm.batch_length < 2:
+    if policy.config.reconstruction == "redundancy" and algorithm.batch_size * _window_steps(algorithm) < 2:
         raise ValueError(
             "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
-            f"not {algorithm.batch_size} * {algorithm.batch_length}"
+            f"not {algorithm.batch_size} * {_window_steps(algorithm)}"
+        )
+    _, target = entropy_target(algorithm.ent_coef, algorithm.target_entropy, policy.action_spec)
+    largest = largest_entropy(policy.action_spec, policy.config.max_std)
+    if target is not None and target >= largest:
+        raise ValueError(
+            f"target_entropy={algorithm.target_entropy!r} is {target:.4g} nats, which this policy cannot reach: the "
+            f"coefficient would rise for ever. Allowed: less than {largest:.4g}"
         )
     rate, has_own = algorithm.actor_learning_rate, len(policy.optimizer.param_groups) > 1
     if (rate is not None) != has_own:

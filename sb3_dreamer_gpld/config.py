@@ -276,7 +276,7 @@ def _checked_schedule(schedule: str | Mapping[str, Any]) -> tuple[str, dict[str,
         if key in parameters:
             check_range(f"penalty_schedule's {key}", parameters[key], 0.0, math.inf, low_open=True)
     if "factor" in parameters:
-        check_range("penalty_schedule's factor", parameters["factor"], 0.0, math.inf)
+        check_range("penalty_schedule's factor", parameters["factor"], 0.0, 1.0)
     if name == "custom":
         _check_custom(**parameters)
     return name, parameters
@@ -309,7 +309,7 @@ class PenaltyConfig:
     :param random_rows: draw the ``rows`` rows afresh at every update instead of taking the first ones
     :param estimator: "hutchinson" (one Rademacher probe per row and state) or "exact"
     :param schedule: a name in :data:`~sb3_dreamer_gpld.schedules.SCHEDULES`, or a dict with "name" and its parameters
-    :param minimum: λ never falls below it
+    :param minimum: λ never falls below it, which leaves the schedule "none" alone
     :param start: optimiser updates before which λ is 0
     :raises ValueError: a value is not allowed; the text names the constructor argument
     """
@@ -337,6 +337,12 @@ class PenaltyConfig:
         if self.estimator not in ("hutchinson", "exact"):
             raise ValueError(unknown_name("penalty_estimator", self.estimator, ("hutchinson", "exact")))
         name, parameters = _checked_schedule(self.schedule)
+        for argument, initial in (("posterior_penalty", self.posterior), ("prior_penalty", self.prior)):
+            if 0.0 < initial < self.minimum and name != "none":
+                raise ValueError(
+                    f"{argument}={initial} is less than penalty_min={self.minimum}, to which λ would rise; allowed: 0, a "
+                    "larger one, or a smaller penalty_min"
+                )
         object.__setattr__(self, "schedule_name", name)
         object.__setattr__(self, "schedule_parameters", parameters)
 
@@ -478,7 +484,9 @@ class ActionSpec:
 
     @classmethod
     def from_space(cls, space: spaces.Space) -> ActionSpec:
-        """:raises ValueError: not a Box, Discrete, one-dimensional MultiDiscrete or MultiBinary space"""
+        """:raises ValueError: not a Box, Discrete, one-dimensional MultiDiscrete or MultiBinary space, or an empty one"""
+        if 0 in (space.shape or ()):
+            raise ValueError(f"the action space {space} has no numbers in it; allowed: at least one")
         if isinstance(space, spaces.Box):
             with np.errstate(over="ignore", invalid="ignore"):
                 wide = ~np.isfinite(space.high - space.low)
@@ -531,6 +539,17 @@ def dynamics_share(actor_gradient: float | str, actions: ActionSpec) -> float:
             "allowed for this action space: 'reinforce', 'auto' or 0"
         )
     return share
+
+
+def largest_entropy(actions: ActionSpec, max_std: float) -> float:
+    """The entropy that no policy exceeds, in nats.
+
+    :param actions: what actions look like
+    :param max_std: largest standard deviation of a number in a Box
+    """
+    if actions.nvec is None:
+        return actions.size * (math.log(max_std) + 0.5 * math.log(2.0 * math.pi * math.e))
+    return sum(math.log(n) for n in actions.nvec)
 
 
 def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: ActionSpec) -> tuple[float, float | None]:

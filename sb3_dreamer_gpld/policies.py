@@ -117,6 +117,7 @@ class DreamerPolicy(BasePolicy):
         self.config = self._make_config()
         self.world_model = self.world_model_class(self.observation_spec, self.action_spec.size, self.config)
         self.actor_critic = self.actor_critic_class(self.action_spec, self.config)
+        self.actor_critic.start_slow_value()  # a class of one's own may have another value
         normalize_spectrally(self, self.config.spectral_norm)
         planning = PlannerConfig.make(planner, self.action_spec)
         self.planner = None if planning is None else Planner(planning)

@@ -182,6 +182,7 @@ def test_wrong_penalty_names_the_constructor_argument(field: str, argument: str,
         ({"name": "cosine", "decay_steps": "many"}, "penalty_schedule's decay_steps"),
         ({"name": "step", "interval": -1}, "penalty_schedule's interval"),
         ({"name": "step", "factor": -0.5}, "penalty_schedule's factor"),
+        ({"name": "step", "factor": 1.01}, "penalty_schedule's factor"),
         ({"name": "sqrt_time", "time_scale": 0}, "penalty_schedule's time_scale"),
         ("custom", "penalty_schedule 'custom' needs"),
         ({"name": "custom", "steps": [1, 2], "values": [1.0]}, r"got steps=\[1, 2\], values=\[1.0\]"),
@@ -192,6 +193,20 @@ def test_wrong_penalty_names_the_constructor_argument(field: str, argument: str,
 def test_wrong_schedule(schedule: str | dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PenaltyConfig(schedule=schedule)
+
+
+def test_a_penalty_below_its_own_minimum_is_refused() -> None:
+    """λ would rise to it."""
+    for field, argument in (("posterior", "posterior_penalty"), ("prior", "prior_penalty")):
+        with pytest.raises(ValueError, match=f"{argument}=0.0001 is less than penalty_min=0.001, to which λ would rise"):
+            PenaltyConfig(**{field: 1e-4})
+        for allowed in ({"minimum": 1e-4}, {"schedule": "none"}, {field: 0.0}, {field: 1e-3}):
+            PenaltyConfig(**{field: 1e-4, **allowed})
+
+
+def test_actions_without_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no numbers in it; allowed: at least one"):
+        ActionSpec.from_space(spaces.Box(-1.0, 1.0, (0,)))
 
 
 def test_defaults_of_the_penalty_are_the_papers() -> None:

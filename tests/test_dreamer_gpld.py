@@ -521,7 +521,7 @@ def test_trains_with_the_actors_options(compile: bool) -> None:
     options = dict(
         actor_gradient="dynamics",
         ent_coef="auto",
-        target_entropy=3.0,
+        target_entropy=1.41,
         imagination_starts=2,
         actor_learning_rate=3e-5,
         compile=compile,
@@ -542,6 +542,9 @@ def test_trains_with_the_actors_options(compile: bool) -> None:
         (dict(imagination_starts=1.5), "imagination_starts"),
         (dict(ent_coef="aut"), "ent_coef"),
         (dict(target_entropy="none"), "target_entropy"),
+        (dict(ent_coef="auto", target_entropy=1.42), r"target_entropy=1.42 is 1.42 nats, .* Allowed: less than 1.419"),
+        (dict(ent_coef="auto", policy_kwargs=dict(min_std=0.05, max_std=0.2)), "'auto' is 0 nats, .* less than -0.1905"),
+        (dict(imagination_starts=6, replay_buffer_kwargs=dict(batch_length=4)), "at most batch_length=4, not 6"),
         (dict(actor_learning_rate=-1e-4), "actor_learning_rate"),
         (dict(actor_learning_rate="fast"), "actor_learning_rate"),
     ],

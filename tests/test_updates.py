@@ -141,7 +141,7 @@ def test_updates_wait_for_a_whole_window() -> None:
 
 def test_a_failed_update_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, the slow value, which would go on following the value, the percentiles and the entropy's coefficient."""
-    options = dict(ent_coef="auto", target_entropy=10.0, learning_rate=1e-2, learning_rate_warmup=0)
+    options = dict(ent_coef="auto", target_entropy=1.41, learning_rate=1e-2, learning_rate_warmup=0)
     model = tiny("Pendulum-v1", **{**TINY, **options}).learn(80)
     critic = model.policy.actor_critic
     pairs = zip(critic.value.parameters(), critic.slow_value.parameters(), strict=True)

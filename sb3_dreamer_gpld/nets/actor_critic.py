@@ -12,6 +12,7 @@ Algorithms and Applications" (2018, Sec. 5), of which it takes the idea.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
 from sb3_dreamer_gpld.nets.world_model import Batch, Term, WorldModel
 
 ENT_COEF_RATE = 0.01  # largest change of the logarithm of the entropy's coefficient in an update
+MAX_ENT_COEF_RISE = math.log(1e6)  # largest rise of that logarithm, which a policy that cannot follow would drive to infinity
 
 
 class ImaginationDraws(NamedTuple):
@@ -47,7 +49,7 @@ class Objective(NamedTuple):
     :param gamma: discount of the replayed returns; the imagined ones are discounted by the continue head
     :param return_lambda: λ of the returns
     :param ent_coef: weight of the policy's entropy; with a target entropy the smallest one
-    :param target_entropy: in nats, below which the weight of the entropy rises; None: it stays
+    :param target_entropy: in nats, below which the weight of the entropy rises; None: it is fixed
     :param dynamics: share of the actor's gradient that comes through the imagined dynamics, in [0, 1]; REINFORCE has the rest
     :param starts: rollouts start from that many of the last states of each sequence; None: from all
     :param policy_penalty: weight of the squared gradient of the policy's log-density in its input; 0: none
@@ -117,11 +119,15 @@ class ActorCritic(SteppedModule):
         value = three if config.value_arch is None else config.value_arch
         self.policy = Head(config.feature_size, policy, self.distribution.outputs, scale=0.01)
         self.value = Head(config.feature_size, value, [config.bins], scale=0.0)
-        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+        self.start_slow_value()
         self.register_buffer("bins", two_hot_bins(config.bins), persistent=False)
         self.register_buffer("percentiles", th.zeros(2))
         self.register_buffer("ent_coef_rise", th.zeros(()))
         self.register_load_state_dict_pre_hook(_complete_state)
+
+    def start_slow_value(self) -> None:
+        """Make the slow value a copy of the value, as at the beginning."""
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
 
     def draw(self, starts: int, horizon: int) -> ImaginationDraws:
         """Random numbers for rollouts of ``horizon`` steps from ``starts`` states."""
@@ -156,7 +162,10 @@ class ActorCritic(SteppedModule):
         log_prob, entropy = self.distribution.log_prob_and_entropy(rollouts.outputs, rollouts.actions)  # (H, N)
         gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()
         rise = self._updated_ent_coef_rise(self.gather(entropy.detach()), objective.target_entropy)
-        ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
+        if objective.target_entropy is None:
+            ent_coef = th.full_like(self.ent_coef_rise, objective.ent_coef)
+        else:
+            ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
         policy_loss = -weight * (gain + ent_coef * entropy)
         returns, slow_value, advantage = returns.detach(), slow_value.detach(), advantage.detach()
         group = len(rollouts.value_logits[0])
@@ -335,13 +344,13 @@ class ActorCritic(SteppedModule):
         updates.
 
         :param entropy: of the policy along the rollouts, (H, N)
-        :param target: in nats; None: the coefficient stays
-        :return: scalar
+        :param target: in nats; None: the coefficient is fixed
+        :return: logarithm of the rise, scalar
         """
         if target is None:
-            return self.ent_coef_rise
+            return th.zeros_like(self.ent_coef_rise)
         shortfall = (target - entropy.mean()).clamp(-1.0, 1.0)
-        return (self.ent_coef_rise + ENT_COEF_RATE * shortfall).clamp_min(0.0)
+        return (self.ent_coef_rise + ENT_COEF_RATE * shortfall).clamp(0.0, MAX_ENT_COEF_RISE)
 
     @th.no_grad()
     def keep(self, running: Running, fault: Tensor) -> None:

@@ -21,7 +21,7 @@ NETS = {
     "encoder": ("world_model.encoder",),
     "posterior": ("world_model.rssm.posterior",),
     "prior": ("world_model.rssm.prior",),
-    "decoder": ("world_model.vector_decoder",),
+    "decoder": ("world_model.vector_decoder", "world_model.image_decoders"),
     "reward": ("world_model.reward",),
     "continue": ("world_model.cont",),
     "actor": ("actor_critic.policy",),

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch as th
 from gymnasium import spaces
+from test_dreamer_gpld import tiny
 from torch import Tensor
 
-from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, dynamics_share, entropy_target
+from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, dynamics_share, entropy_target, largest_entropy
 from sb3_dreamer_gpld.nets.actor_critic import ENT_COEF_RATE, ActorCritic, Objective
+from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical
+from sb3_dreamer_gpld.nets.layers import Head
 from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
+from sb3_dreamer_gpld.policies import MlpPolicy
 
 BOX, CHOICE = ActionSpec.from_space(spaces.Box(-1, 1, (2,))), ActionSpec.from_space(spaces.Discrete(3))
 B, T, HORIZON = 3, 5, 4
@@ -196,9 +200,54 @@ def test_coefficient_weighs_the_entropy() -> None:
     case = Case()
     expected = case.loss(ent_coef=3e-3)[0]["policy"]
     case.actor_critic.ent_coef_rise.fill_(math.log(10.0))
-    losses, metrics, _ = case.loss(ent_coef=3e-4)
+    losses, metrics, _ = case.loss(ent_coef=3e-4, target_entropy=0.0)
     assert metrics["ent_coef"].item() == pytest.approx(3e-3)
     th.testing.assert_close(losses["policy"], expected)
+
+
+def test_a_fixed_coefficient_is_not_what_auto_has_left() -> None:
+    case = Case()
+    expected = case.loss(ent_coef=3e-3)[0]["policy"]
+    case.actor_critic.ent_coef_rise.fill_(math.log(50.0))
+    losses, metrics, running = case.loss(ent_coef=3e-3)
+    assert metrics["ent_coef"].item() == pytest.approx(3e-3) and running.ent_coef_rise.item() == 0.0
+    th.testing.assert_close(losses["policy"], expected)
+
+
+def test_the_coefficient_has_an_end() -> None:
+    """Of a policy that cannot follow."""
+    case = Case()
+    case.actor_critic.ent_coef_rise.fill_(math.log(1e6))
+    assert case.loss(target_entropy=99.0)[2].ent_coef_rise.item() == pytest.approx(math.log(1e6))
+
+
+@pytest.mark.parametrize("actions", [BOX, CHOICE])
+def test_no_policy_exceeds_the_largest_entropy(actions: ActionSpec) -> None:
+    distribution = BoundedNormal(actions.size, 0.1, 0.5) if actions.nvec is None else MultiCategorical(actions.nvec)
+    outputs = th.zeros(1, sum(distribution.outputs))
+    if actions.nvec is None:
+        outputs[:, actions.size :] = 50.0  # the standard deviation as large as it goes
+    action = distribution.sample(outputs, distribution.draw((1,), outputs.device))
+    entropy = distribution.log_prob_and_entropy(outputs, action)[1]
+    assert entropy.item() == pytest.approx(largest_entropy(actions, 0.5), rel=1e-5)
+
+
+class WideValue(ActorCritic):
+    def __init__(self, actions: ActionSpec, config: ModelConfig) -> None:
+        super().__init__(actions, config)
+        self.value = Head(config.feature_size, [4 * config.units], [config.bins], scale=0.1)
+
+
+class WideValuePolicy(MlpPolicy):
+    actor_critic_class = WideValue
+
+
+def test_the_slow_value_is_a_copy_of_a_value_of_ones_own() -> None:
+    model = tiny("Pendulum-v1", WideValuePolicy)
+    critic = model.policy.actor_critic
+    for one, other in zip(critic.value.parameters(), critic.slow_value.parameters(), strict=True):
+        assert th.equal(one, other) and not other.requires_grad
+    assert model.learn(60)._n_updates > 0
 
 
 # --------------------------------------------------------------------------------------------------------- settings

@@ -25,20 +25,19 @@ def normalized(*nets: str, **kwargs: object) -> DreamerGPLD:
 def test_weights_are_divided_by_their_largest_singular_value(net: str) -> None:
     """Value and gradient against a singular value decomposition in float64, after the power iteration has converged."""
     policy = normalized(net).policy.double()
-    for path in NETS[net]:
-        linears = list(hidden_linears(attrgetter(path)(policy)))
-        assert linears
-        for linear in linears:
-            for _ in range(3000):
-                linear.weight  # noqa: B018  (each use is a step of the power iteration)
-            linear.eval()
-            original = linear.parametrizations.weight.original
-            reference = original / th.linalg.matrix_norm(original, 2)
-            th.testing.assert_close(linear.weight, reference, rtol=1e-6, atol=1e-8)
-            if original.requires_grad:
-                probe = th.randn(original.shape, dtype=th.float64, generator=th.Generator().manual_seed(0))
-                ours, expected = (th.autograd.grad((w * probe).sum(), original)[0] for w in (linear.weight, reference))
-                th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    linears = [linear for path in NETS[net] for linear in hidden_linears(attrgetter(path)(policy))]
+    assert linears
+    for linear in linears:
+        for _ in range(3000):
+            linear.weight  # noqa: B018  (each use is a step of the power iteration)
+        linear.eval()
+        original = linear.parametrizations.weight.original
+        reference = original / th.linalg.matrix_norm(original, 2)
+        th.testing.assert_close(linear.weight, reference, rtol=1e-6, atol=1e-8)
+        if original.requires_grad:
+            probe = th.randn(original.shape, dtype=th.float64, generator=th.Generator().manual_seed(0))
+            ours, expected = (th.autograd.grad((w * probe).sum(), original)[0] for w in (linear.weight, reference))
+            th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_nets_that_are_named() -> None:
@@ -76,7 +75,15 @@ def test_wrong_nets(nets: object, text: str) -> None:
         tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(spectral_norm=nets))
 
 
-def test_nets_that_this_policy_does_not_have() -> None:
+def test_decoders_of_images_are_decoders() -> None:
+    """Their linear layers; convolutions are left out."""
     image = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    policy = tiny(RandomSpaces(image, BOX), policy_kwargs=dict(spectral_norm=["decoder"])).policy
+    linears = list(hidden_linears(policy.world_model.image_decoders))
+    assert linears and all(hasattr(linear, "parametrizations") for linear in linears)
+
+
+def test_nets_that_this_policy_does_not_have() -> None:
+    kwargs = dict(spectral_norm=["decoder"], reconstruction="redundancy")
     with pytest.raises(ValueError, match="this policy's decoder has no hidden layers that could be normalised"):
-        tiny(RandomSpaces(image, BOX), policy_kwargs=dict(spectral_norm=["decoder"]))
+        tiny(RandomSpaces(BOX, BOX), policy_kwargs=kwargs)
