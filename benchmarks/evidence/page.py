@@ -232,9 +232,9 @@ def draw(found: Seeds) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
-    none = scores_of(NONE, AREA, *found)
+    none = LARGEST_RETURN * scores_of(NONE, AREA, *found)
     for place, arm in enumerate(PENALTIES):
-        difference = scores_of(arm, AREA, *found) - none  # (seeds, tasks, 1)
+        difference = LARGEST_RETURN * scores_of(arm, AREA, *found) - none  # (seeds, tasks, 1)
         for task, values in enumerate(np.moveaxis(difference[..., 0], 1, 0)):
             label = found.tasks[task] if place == 0 else None
             left.plot(np.full(len(values), place - 0.25 + 0.06 * task), values, "o", ms=4, color=f"C{task}", label=label)
@@ -243,23 +243,23 @@ def draw(found: Seeds) -> None:
         bar = [[middle - low], [high - middle]] if len(difference) > 1 else None
         left.errorbar(place + 0.2, middle, bar, fmt="D", capsize=5, color="k", label="mean" if place == 0 else None)
     left.axhline(0.0, color="grey", lw=0.8)
-    left.set_xticks(range(len(PENALTIES)), [f"on {ARMS[arm]}" for arm in PENALTIES])
-    left.set_ylabel("return / 1000 over the run, minus none")
+    left.set_xticks(range(len(PENALTIES)), [ARMS[arm] for arm in PENALTIES])
+    left.set_ylabel("mean return over the run, minus that of none")
     left.legend(fontsize=7)
     of = {arm: measured(arm, *found, tuple(ARMS)) for arm in ARMS}
     for place, arm in enumerate(PENALTIES):
         x = np.arange(len(SHOWN)) + 0.25 * (place - 1)  # (measures,)
-        right.bar(x, [ratio(of[arm][name], of[NONE][name]) for name in SHOWN], 0.22, label=f"on {ARMS[arm]}")
+        right.bar(x, [ratio(of[arm][name], of[NONE][name]) for name in SHOWN], 0.22, label=ARMS[arm])
         for at, name in zip(x, SHOWN, strict=True):
             values = ratios(of[arm][name], of[NONE][name])
             right.plot(np.full(len(values), at), values, "k.", ms=3)
     right.axhline(1.0, color="grey", lw=0.8)
-    right.set_yscale("log")
     right.set_xticks(
         range(len(SHOWN)), [MEASURES[name].replace(", ", "\n").replace(" of", "\nof") for name in SHOWN], fontsize=8
     )
     right.set_ylabel("relative to none")
-    right.legend(fontsize=8)
+    right.legend(title="penalty on", fontsize=8, loc="lower right")
+    left.set_xlabel("penalty on")
     with atomic_file(FIGURE) as file:
         figure.savefig(file, format="png", dpi=120)
 
