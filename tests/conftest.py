@@ -44,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The order of a sum depends on the number of threads."""
+    threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def rendering() -> None:
     """Skip the test where dm_control tasks cannot be rendered."""

@@ -397,8 +397,8 @@ def test_no_argument_is_explained_away() -> None:
     assert not own & set(KNOWN_ELSEWHERE) and "train_ratio" in own
     sizes = {field.name for field in dataclasses.fields(ModelConfig)}
     for text in KNOWN_ELSEWHERE.values():
-        for inside in re.findall(r"policy_kwargs=dict\((\w+)=", text):
-            assert inside in sizes | {"optimizer_kwargs"}, text
+        for name in re.findall(r"[a-z]+(?:_[a-z]+)+|\w+(?==)", text):
+            assert name in own | sizes | {"optimizer_kwargs", "clip"}, text
 
 
 def test_the_encoder_s_class_is_explained() -> None:

@@ -16,12 +16,14 @@ import runpy
 import shlex
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import pytest
+import torch as th
 import yaml
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.logger import Logger
@@ -31,12 +33,13 @@ from benchmarks.learning.run import LastValues
 from sb3_dreamer_gpld import DreamerGPLD, preset
 from sb3_dreamer_gpld.config import SIZES, ModelConfig
 from sb3_dreamer_gpld.envs import ActionRepeat, register_dm_control
+from sb3_dreamer_gpld.learner import mean
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.saving import MODULES
-from sb3_dreamer_gpld.trained import TrainedAgent
+from sb3_dreamer_gpld.trained import TrainedAgent, find_agent
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"python", "bash", "console", "yaml", "text", "bibtex"}
 OTHER_PROGRAMS = {"cd", "export", "git", "hf", "tensorboard"}
 # Programs that start others, and the last word before these
@@ -149,6 +152,7 @@ def test_python_runs(page: str, small: list[DreamerGPLD], tmp_path: Path, monkey
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in blocks:
         if block.rendering and os.environ["MUJOCO_GL"] == "disabled":
+            warnings.warn(f"{page}, line {block.line}: not run, since nothing can be rendered here", stacklevel=1)
             continue
         exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
     assert all(model._n_updates > 0 for model in small), "a training of this page makes no update"
@@ -164,6 +168,12 @@ def test_a_loss_of_your_own_is_logged(small: list[DreamerGPLD], tmp_path: Path, 
     namespace["model"].set_logger(Logger(None, [log]))
     namespace["model"].learn(STEPS, reset_num_timesteps=False, log_interval=1)
     assert log.values["loss/prior_entropy"] > 0
+    model = namespace["model"]
+    batch = model.policy.to_batch(model.replay_buffer.sample(2))
+    with th.no_grad():
+        loss = model.learner.loss(batch, model.learner.draw(*batch.rewards.shape), model._n_updates)
+    parts = [float(term.weight * mean(term.value)) for term in loss.terms.values()]
+    assert float(loss.total) == pytest.approx(sum(parts), rel=1e-4) and "prior_entropy" in loss.terms
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -198,6 +208,7 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     pytest.importorskip("rl_zoo3")
     from sb3_dreamer_gpld.zoo import main as zoo
     from sb3_dreamer_gpld.zoo.arguments import CONFIGS
+    from sb3_dreamer_gpld.zoo.sweep import ARMS
 
     stop_at_arguments(monkeypatch)
     monkeypatch.setattr(zoo, "_prepare_training", lambda args: args)
@@ -205,15 +216,31 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(zoo, "has_display", lambda: True)
     with pytest.raises(Parsed) as parsed:
         zoo.main(words)
-    following = dict(zip(words, words[1:], strict=False))
-    config, env = following.get("-conf"), following.get("--env")
-    assert config is None or (CONFIGS / config).is_file(), config
-    if env is not None and not getattr(parsed.value.args[0], "gym_packages", None):
-        with contextlib.suppress(ImportError):  # without Shimmy nothing can be said about dm_control's tasks
-            register_dm_control()
-        known = any(name.startswith("dm_control/") for name in gym.registry)
-        metaworld = yaml.safe_load((CONFIGS / "dreamer_gpld_metaworld.yml").read_text())
+    for config in behind(words, "-conf"):
+        assert (CONFIGS / config).is_file(), config
+    for given in behind(words, "-params", "--hyperparams"):
+        assert given.split(":")[0] in {*inspect.signature(DreamerGPLD).parameters, "normalize"}, given
+    for agent in behind(words, "--trained"):
+        find_agent(agent)
+    for arm in behind(words, "--arms"):
+        assert arm in ARMS, arm
+    if getattr(parsed.value.args[0], "gym_packages", None):
+        return
+    with contextlib.suppress(ImportError):  # without Shimmy nothing can be said about dm_control's tasks
+        register_dm_control()
+    known = any(name.startswith("dm_control/") for name in gym.registry)
+    metaworld = yaml.safe_load((CONFIGS / "dreamer_gpld_metaworld.yml").read_text())
+    for env in behind(words, "--env", "--tasks"):
         assert env in gym.registry or env in metaworld or (env.startswith("dm_control/") and not known), env
+
+
+def behind(words: list[str], *options: str) -> list[str]:
+    """The words of a command that stand behind some options."""
+    found, taken = [], False
+    for word in words:
+        taken = word in options if word.startswith("-") else taken
+        found += [word] if taken and not word.startswith("-") else []
+    return found
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +261,8 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert args[0] == "install" and extras and set(extras[1].split(",")) <= set(known)
     elif program == "python":
         module = args[0] == "-m"
-        path = ROOT / (args[1].replace(".", "/") + ".py" if module else args[0])
+        name = args[1].replace(".", "/") if module else args[0]
+        path = ROOT / (f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" if module else name)
         if path.is_file():
             main = runpy.run_path(str(path), run_name="documented")["main"]
             stop_at_arguments(monkeypatch)
@@ -272,12 +300,17 @@ def test_commands_exist(block: Block) -> None:
         "dreamer-gpld train --env metaworld/raech-v3",
         "dreamer-gpld train -conf dreamer_v4.yml",
         "dremer-gpld train",
+        "dreamer-gpld train -params train_ration:128",
+        "dreamer-gpld enjoy --trained walker-wlak",
+        "dreamer-gpld sweep --tasks dm_control/waker-walk-v0 --arms gpld",
+        "dreamer-gpld sweep --tasks dm_control/walker-walk-v0 --arms gpdl",
+        "python -m benchmarks.evidence rnu",
     ],
 )
 def test_wrong_commands_are_found(line: str) -> None:
     pytest.importorskip("shimmy")
     pytest.importorskip("dm_control")
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((AssertionError, SystemExit)):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises((AssertionError, SystemExit, ValueError)):
         for words in read_commands(line):
             check_command(words, monkeypatch)
 
@@ -399,6 +432,7 @@ def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
             actor_learning_rate=1e-5,
             tensorboard_log=str(tmp_path),
             device="cpu",
+            seed=0,
             **kwargs,
         )
 
@@ -422,11 +456,15 @@ def test_everything_in_the_log_is_described(tmp_path: Path) -> None:
 
 
 def test_frames_are_logged_only_where_actions_are_repeated(tmp_path: Path) -> None:
-    model = DreamerGPLD("MlpPolicy", "CartPole-v1", model_size="debug", device="cpu", verbose=1)
-    model.learn(30, log_interval=1)
+    options = dict(model_size="debug", device="cpu", seed=0)
+    model = DreamerGPLD("MlpPolicy", "CartPole-v1", **options)
+    repeated = DreamerGPLD("MlpPolicy", ActionRepeat(gym.make("CartPole-v1"), 2), **options)
+    logs = [LastValues(), LastValues()]
+    for trained, log in zip((model, repeated), logs, strict=True):
+        trained.set_logger(Logger(None, [log]))
+        trained.learn(30, log_interval=1)
     assert model.num_frames == model.num_timesteps == 30
-    repeated = DreamerGPLD("MlpPolicy", ActionRepeat(gym.make("CartPole-v1"), 2), model_size="debug", device="cpu")
-    repeated.learn(30)
+    assert ["time/frames" in log.values for log in logs] == [False, True] and all("time/fps" in log.values for log in logs)
     first = repeated.num_frames
     assert 30 < first <= 60
     repeated.learn(30, reset_num_timesteps=False)

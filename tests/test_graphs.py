@@ -6,6 +6,7 @@ The tape (``tape.py``) stands for a CUDA graph on the processor.
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 import weakref
@@ -20,10 +21,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from tape import Tape
 from test_dreamer_gpld import BOX, TINY, RandomSpaces, tiny
 from test_meta import CASES, VECTOR, case
+from torch.utils._pytree import tree_map
 
 from sb3_dreamer_gpld import DreamerGPLD, execution
 from sb3_dreamer_gpld.execution import Execution
 from sb3_dreamer_gpld.learner import Learner
+from sb3_dreamer_gpld.nets.gpld import penalty_weight
 from sb3_dreamer_gpld.nets.steps import Runner
 from sb3_dreamer_gpld.nets.world_model import PenaltyWeights
 from sb3_dreamer_gpld.optim import LaProp
@@ -85,22 +88,44 @@ def without_rates(self: LaProp, *args: Any) -> None:
 
 
 STEP, LOSS, DRAW = LaProp.step, Learner.weighted_loss, Learner.draw
-DRAWN: dict[tuple[int, ...], Any] = {}
+
+
+def calls(self: Learner, name: str) -> int:
+    """How often Python has come here: at each plain update, and never again once it is recorded."""
+    counter = self.__dict__.setdefault(f"_{name}_calls", itertools.count())
+    return next(counter)
+
+
+def with_own_lambda(self: Learner, batch: Any, draws: Any, weights: PenaltyWeights) -> Any:
+    own = penalty_weight(self.config.penalty, self.config.penalty.posterior, calls(self, "loss"))
+    return LOSS(self, batch, draws, PenaltyWeights(own, None))
+
+
+def of_numpy(self: Learner, *sizes: int) -> Any:
+    generator = np.random.default_rng(calls(self, "draw"))
+    draws = DRAW(self, *sizes)
+
+    def own(x: Any) -> Any:
+        drawn = isinstance(x, th.Tensor) and x.is_floating_point()
+        return th.from_numpy(generator.random(x.shape)).to(x) if drawn else x
+
+    return tree_map(own, draws)
 
 
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [
         (LaProp, "step", without_rates),
-        (Learner, "weighted_loss", lambda self, batch, draws, weights: LOSS(self, batch, draws, PenaltyWeights(0.4, None))),
-        (Learner, "draw", lambda self, *sizes: DRAWN.setdefault(sizes, DRAW(self, *sizes))),
+        (Learner, "weighted_loss", with_own_lambda),
+        (Learner, "draw", of_numpy),
     ],
     ids=["learning rate", "λ", "random numbers"],
 )
 def test_a_number_that_is_baked_in_is_found(where: Any, name: str, fault: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each planted fault makes the recorded run differ from the plain one that it is compared with above."""
-    plain = model_of("vectors").learn(60, log_interval=None)
+    """Each planted fault makes the recorded run differ from a plain one that has it, too."""
     monkeypatch.setattr(where, name, fault)
+    plain, again = (model_of("vectors").learn(60, log_interval=None) for _ in range(2))
+    assert_equal(plain, again)
     other = model_of("vectors")
     tape = recorded(other)
     other.learn(60, log_interval=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -94,9 +95,11 @@ def test_every_arm_is_valid(name: str) -> None:
 
 def test_every_result_belongs_to_an_arm_and_a_task() -> None:
     arms = ladder.read_arms()
-    for path in RESULTS.glob("*/*.csv"):
-        assert path.parent.name in arms
-        assert path.stem.removesuffix("_evaluation").rsplit("_", 1)[0] in ladder.EVERY_TASK
+    files = list(RESULTS.glob("*/*.csv"))
+    assert len(files) > 100
+    for path in files:
+        found = re.fullmatch(r"(.+)_\d+(_evaluation|_measures)?", path.stem)
+        assert found and found[1] in ladder.EVERY_TASK and path.parent.name in arms, path
 
 
 def test_a_run_goes_on_and_is_evaluated_where_it_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

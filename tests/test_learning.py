@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = dict(
     ent_coef=3e-3,
     buffer_size=10_000,
     device="cpu",
+    precision="float32",  # on every processor
     seed=0,
 )
 

@@ -288,6 +288,14 @@ def test_a_process_that_dies_ends_all_and_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+def test_a_process_that_was_lost_is_told() -> None:
+    def closed(*args: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match=r"Process 0 of 2 lost another one: .* \(Connection closed by peer\)"):
+        Processes(0, 2)._exchange(closed)
+
+
 def test_two_processes_with_one_gpu_are_told() -> None:
     def refused(*args: object) -> None:
         raise RuntimeError("ncclInvalidUsage. Last error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")

@@ -97,7 +97,7 @@ def test_every_environment_acts_as_if_it_were_alone(model: DreamerGPLD, n: int) 
     for i in range(n):
         assert len(episodes[i]) >= 3  # one reset at least in the middle
         expected = np.concatenate([by_hand(model, np.stack(e)) for e in episodes[i] if e])
-        np.testing.assert_allclose(np.stack(actions[i]), expected, atol=1e-6)
+        np.testing.assert_allclose(np.stack(actions[i]), expected, atol=1e-5)
 
 
 def test_evaluate_policy_resets_and_keeps_the_state(model: DreamerGPLD) -> None:
@@ -244,10 +244,14 @@ def test_deterministic_draws_from_no_generator(name: str) -> None:
     assert not th.equal(th.get_rng_state(), before[0])  # a sampled action does draw
 
 
-def test_training_mode_does_not_matter(model: DreamerGPLD) -> None:
+def test_training_mode_does_not_matter() -> None:
+    """In it the vectors of spectral norms move with each use."""
+    model = tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(spectral_norm=["posterior", "actor"])).learn(40)
     expected, _ = model.predict(observations(2), deterministic=True)
+    before = copy.deepcopy(model.policy.state_dict())
     model.policy.set_training_mode(True)
     np.testing.assert_array_equal(model.predict(observations(2), deterministic=True)[0], expected)
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -118,10 +117,8 @@ model.learn({steps}, reset_num_timesteps=False).save("resumed")
         ),
     ],
 )
-def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], one_thread: None, tmp_path: Path) -> None:
     """A run that stops at an episode's end, in a ring that has wrapped, and one that does not stop."""
-    threads = th.get_num_threads()
-    th.set_num_threads(1)  # the order of a sum depends on the number of threads
     if kwargs.get("penalty_schedule") == "linear":
         kwargs = {**kwargs, "penalty_schedule": {"name": "linear", "decay_steps": 100}}
     discrete = kwargs.pop("discrete", False)
@@ -137,7 +134,6 @@ def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], t
     stopped.learn(first)
     stopped.save(tmp_path / "model")
     stopped.save_replay_buffer(tmp_path / "buffer")
-    th.set_num_threads(threads)
     script = RESUME.format(paths=PATHS, steps=second, n_envs=n_envs, discrete=discrete)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -170,7 +166,7 @@ def test_resume_without_the_replay_buffer_warns_once(tmp_path: Path) -> None:
         loaded.learn(60, reset_num_timesteps=False)
     assert len(caught) == 1 and loaded._n_updates > updates and loaded.num_timesteps == 160
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         loaded.learn(20, reset_num_timesteps=False)
         DreamerGPLD.load(tmp_path / "model", env=Clock(), device="cpu").learn(20)  # starts afresh: nothing is missed
 
@@ -191,7 +187,7 @@ def test_full_disk_keeps_the_old_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     save(path)
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits, before_that = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     try:
         leave_no_room(len(before) // 2)
         with pytest.raises(OSError, match="file that was there before is unchanged.*file.bin"):
@@ -200,57 +196,82 @@ def test_full_disk_keeps_the_old_file(kind: str, tmp_path: Path) -> None:
             save(tmp_path / "other.bin")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, before_that)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["file.bin"]
     save(path)
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
 KILLED = """
-import os, random, signal, sys, time
+import io, os, pathlib, signal, sys
 sys.path[:0] = {paths!r}
 from test_saving import Clock, DreamerGPLD, model
 import torch
 torch.set_num_threads(1)
 trained = model().learn(60)
-trained.save("model")
-trained.save_replay_buffer("buffer")
-trained.policy.save("policy.pth")
-start = time.perf_counter()
-trained.save("model")
-trained.save_replay_buffer("buffer")
-trained.policy.save("policy.pth")
-round_trip = time.perf_counter() - start
-moments = random.Random({seed})  # a generator of its own: loading a model seeds the global one
-seen = set()
-for kill in range(20):
-    child = os.fork()
-    if child == 0:
-        while True:  # training and saving in turn
-            trained.save("model")
-            trained.save_replay_buffer("buffer")
-            trained.policy.save("policy.pth")
-            trained.learn(1, reset_num_timesteps=False)
-    time.sleep(0.005 + 2 * round_trip * moments.random())
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    seen.update(os.listdir("."))
+saves = {{
+    "model.zip": lambda: trained.save("model"),
+    "buffer.pkl": lambda: trained.save_replay_buffer("buffer"),
+    "policy.pth": lambda: trained.policy.save("policy.pth"),
+}}
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Counted(io.BufferedWriter):
+    writes, last = 0, 0
+    def write(self, data):
+        written = super().write(data)
+        Counted.writes += 1
+        if Counted.writes == Counted.last:
+            self.flush()
+            die()
+        return written
+
+plain = pathlib.Path.open
+
+def save_counted(save):
+    pathlib.Path.open = lambda self, mode: Counted(io.FileIO(str(self), "w"))
+    Counted.writes = 0
+    save()
+    pathlib.Path.open = plain
+
+def check():
     loaded = DreamerGPLD.load("model", env=Clock(), device="cpu")
     loaded.load_replay_buffer("buffer")
-    assert loaded.num_timesteps >= 60 and loaded.replay_buffer.size() >= 60
+    assert loaded.num_timesteps == 60 and loaded.replay_buffer.size() >= 60
     type(trained.policy).load("policy.pth", device="cpu")
-print("left behind:", sorted(name for name in seen if name.endswith(".part")))
-trained.save("model")
+
+for save in saves.values():
+    save_counted(save)
+for name, save in saves.items():
+    save_counted(save)
+    count = Counted.writes
+    for moment in (1, (count + 1) // 2, count, "fsync", "replace"):
+        child = os.fork()
+        if child == 0:
+            if isinstance(moment, str):
+                setattr(os, moment, die)
+            else:
+                Counted.last = moment
+            save_counted(save)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (name, moment)
+        assert os.path.exists(f".{{name}}.part"), (name, moment)
+        check()
+    save()
+    assert not os.path.exists(f".{{name}}.part")  # the next save cleans up
+print(sorted(os.listdir(".")))
 """
 
 
 def test_sigkill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
-    """Twenty kills at random moments of saving and training; some of them must have met a file half-written."""
-    script = KILLED.format(paths=PATHS, seed=time.time_ns())
+    """At the first, the middle and the last write, before the file is on the disk, and before it gets its name."""
+    script = KILLED.format(paths=PATHS)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert ".part" in done.stdout, done.stdout
-    assert not (tmp_path / ".model.zip.part").exists()  # the next save cleans up
+    assert done.stdout.splitlines()[-1] == "['buffer.pkl', 'model.zip', 'policy.pth']"
 
 
 def test_atomic_file_keeps_the_paths_of_sb3(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ def test_push_to_hub_makes_the_files_without_network(
 ) -> None:
     import huggingface_hub
 
+    connections: list[Any] = []  # an error alone would be swallowed
+
     def refuse(*args: Any, **kwargs: Any) -> None:
+        connections.append(args)
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -29,6 +32,7 @@ def test_push_to_hub_makes_the_files_without_network(
     assert (files / "dreamer_gpld-Pendulum-v1.zip").is_file() and (files / "config.yml").is_file()
     results = json.loads((files / "results.json").read_text())
     card = (files / "README.md").read_text()
+    assert (files / "replay.mp4").stat().st_size > 0 and connections == []
     assert card.startswith("---\n") and "value: " in card
     for text in (f"{results['mean_reward']:.2f} ± ", "DreamerGPLD.load(", "train_ratio: 16", "| torch | "):
         assert text in card
