@@ -219,7 +219,7 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     for config in behind(words, "-conf"):
         assert (CONFIGS / config).is_file(), config
     for given in behind(words, "-params", "--hyperparams"):
-        assert given.split(":")[0] in {*inspect.signature(DreamerGPLD).parameters, "normalize"}, given
+        assert given.split(":")[0] in {*inspect.signature(DreamerGPLD).parameters, "n_envs", "n_timesteps", "normalize"}, given
     for agent in behind(words, "--trained"):
         find_agent(agent)
     for arm in behind(words, "--arms"):
