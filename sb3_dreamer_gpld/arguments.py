@@ -113,13 +113,13 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     if algorithm.gradient_steps is not None:
         check_int("gradient_steps (or None)", algorithm.gradient_steps, -1)
     if algorithm.train_ratio is None:
-        algorithm.train_ratio = algorithm.batch_size * _window_steps(algorithm) / 2
+        algorithm.train_ratio = algorithm.batch_size * window_steps(algorithm) / 2
     check_range("train_ratio", algorithm.train_ratio, 0.0, float("inf"))
     check_range("gamma", algorithm.gamma, 0.0, 1.0)
     check_range("return_lambda", algorithm.return_lambda, 0.0, 1.0)
     if algorithm.imagination_starts is not None:
         check_int("imagination_starts (or None)", algorithm.imagination_starts, 1)
-        steps = _window_steps(algorithm)
+        steps = window_steps(algorithm)
         if algorithm.imagination_starts > steps:
             raise ValueError(f"imagination_starts must be at most batch_length={steps}, not {algorithm.imagination_starts}")
     if algorithm.actor_learning_rate is not None and not callable(algorithm.actor_learning_rate):
@@ -144,9 +144,15 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
     _ = algorithm.penalty  # checks the rest
 
 
-def _window_steps(algorithm: DreamerGPLD) -> int:
-    """Steps of a replayed window."""
-    return (algorithm.replay_buffer_kwargs or {}).get("batch_length", algorithm.batch_length)
+def window_steps(algorithm: DreamerGPLD) -> int:
+    """Steps of a replayed window.
+
+    :param algorithm: with its arguments
+    :raises ValueError: they are no whole number of at least 1
+    """
+    steps = (algorithm.replay_buffer_kwargs or {}).get("batch_length", algorithm.batch_length)
+    check_int("batch_length", steps, 1)
+    return steps
 
 
 def check_with_nets(algorithm: DreamerGPLD) -> None:
@@ -160,14 +166,15 @@ def check_with_nets(algorithm: DreamerGPLD) -> None:
         raise ValueError(
             f"penalty_rows must be at most {rows}, the rows of the stochastic state, not {algorithm.penalty_rows}"
         )
-    if policy.config.reconstruction == "redundancy" and algorithm.batch_size * _window_steps(algorithm) < 2:
+    if policy.config.reconstruction == "redundancy" and algorithm.batch_size * window_steps(algorithm) < 2:
         raise ValueError(
             "reconstruction='redundancy' correlates states over a batch: batch_size * batch_length must be at least 2, "
-            f"not {algorithm.batch_size} * {_window_steps(algorithm)}"
+            f"not {algorithm.batch_size} * {window_steps(algorithm)}"
         )
     _, target = entropy_target(algorithm.ent_coef, algorithm.target_entropy, policy.action_spec)
     largest = largest_entropy(policy.action_spec, policy.config.max_std)
-    if target is not None and target >= largest:
+    known = algorithm.device.type != "meta"  # where a file is checked, whose actions are not
+    if known and target is not None and (target > largest or target == largest > 0.0):
         raise ValueError(
             f"target_entropy={algorithm.target_entropy!r} is {target:.4g} nats, which this policy cannot reach: the "
             f"coefficient would rise for ever. Allowed: less than {largest:.4g}"

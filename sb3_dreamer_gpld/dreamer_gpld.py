@@ -27,6 +27,7 @@ from sb3_dreamer_gpld.arguments import (
     check_with_nets,
     naming_unknown,
     warn_without_gpu,
+    window_steps,
 )
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.callbacks import callbacks_of_all
@@ -293,9 +294,10 @@ class DreamerGPLD(ResumableAlgorithm):
         self.policy = self.policy.to(self.device)
         self._planned_with = self.planner
         check_with_nets(self)
-        if self.verbose >= 1 and self.batch_size * self.batch_length > 4 * PUBLISHED_STEPS:
-            times = self.batch_size * self.batch_length / PUBLISHED_STEPS
-            replayed = f"{self.batch_size} sequences of {self.batch_length} steps"
+        steps = window_steps(self)
+        if self.verbose >= 1 and self.batch_size * steps > 4 * PUBLISHED_STEPS:
+            times = self.batch_size * steps / PUBLISHED_STEPS
+            replayed = f"{self.batch_size} sequences of {steps} steps"
             print(f"An update replays {replayed}, {times:.0f} times the published 16x64")
         self._make_replay_buffer()
         self._convert_train_freq()
@@ -511,6 +513,7 @@ class DreamerGPLD(ResumableAlgorithm):
         if self.processes.size > 1:
             check_environments(self)
             self.processes.copy_from_first([*self.policy.state_dict().values()])
+        self._seed_environments_anew(not reset_num_timesteps)
         if not self._custom_logger and "_logger" in self.__dict__:
             self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
         with naming_environments(self), self._first_observations():

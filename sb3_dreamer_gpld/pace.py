@@ -160,8 +160,9 @@ def warn_without_updates(algorithm: DreamerGPLD) -> None:
     """
     buffer = algorithm.replay_buffer
     assert buffer is not None
-    if algorithm._n_updates or not _wants_updates(algorithm) or buffer.buffer_size <= buffer.batch_length:
-        return  # the last is told before
+    told = algorithm.gradient_steps is None and buffer.buffer_size <= buffer.batch_length  # by warn_without_room
+    if algorithm._n_updates or not _wants_updates(algorithm) or told:
+        return
     warnings.warn(
         f"The run of {algorithm.num_timesteps} steps ended before the first update. It comes when more than "
         f"learning_starts={algorithm.learning_starts} rows are stored, of one of the {algorithm.n_envs} environments more "

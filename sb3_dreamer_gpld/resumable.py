@@ -93,6 +93,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self._rng_states: dict[str, Any] | None = None  # of a loaded run, until it goes on
         self._reseeded = False  # a loaded run that goes on with random numbers of its own
         self._missing_share: Path | None = None  # of a loaded run: this process's file, if it is not there
+        self._was_loaded = False  # and has not gone on yet
         self._counted_first = False  # of a loaded run: VecNormalize's statistics have the observations that it starts from
         self._saved: list[tuple[str, Any]] = []  # by the first process, and not yet by the others: method and path
 
@@ -203,7 +204,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3; those of the
         constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own.
-        Environments are seeded by the seed and the steps that were made, so that their starts are not those of before.
+        When a run goes on, its environments are seeded by the seed and the steps that were made, so that their starts are
+        not those of before.
 
         :raises FileNotFoundError: there is no such file
         :raises TypeError: there is no such argument; names the closest one
@@ -220,8 +222,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             model.stats_window_size = episodes
         if kwargs.get("seed") is not None:
             model._rng_states, model._reseeded = None, True
-        if model.seed is not None and model.env is not None and model.num_timesteps:
-            model.env.seed(model._own_seed(model.seed + model.num_timesteps))  # not the same starts again
+        model._was_loaded = True
         return model
 
     def save_run(self, folder: str | os.PathLike[str]) -> Path:
@@ -305,8 +306,18 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         finally:
             normalize.training = True
 
+    def _seed_environments_anew(self, goes_on: bool) -> None:
+        """Before a loaded run goes on: its environments would have the random numbers of its beginning.
+
+        :param goes_on: and does not begin again
+        """
+        loaded, self._was_loaded = self._was_loaded, False
+        if loaded and goes_on and self.seed is not None and self.env is not None and self.num_timesteps:
+            self.env.seed(self._own_seed(self.seed + self.num_timesteps))
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "processes", "_saved", "_missing_share", "_counted_first", "_reseeded"]
+        own = ["processes", "_saved", "_missing_share", "_counted_first", "_reseeded", "_was_loaded"]
+        return [*super()._excluded_save_params(), *own]
 
     def set_parameters(
         self,

@@ -58,9 +58,9 @@ def test_a_part_that_is_stopped_takes_its_processes_along(tmp_path: Path, monkey
 
     monkeypatch.setattr(gpu.subprocess, "Popen", started)
     found = gpu.run_part(gpu.Part("tests", {"chosen": "x"}, 10.0), "cpu", tmp_path, 10.0)
-    assert found["status"] == "stopped" and found["output"] == "began\n"
-    with held.open() as file:  # until it lives no longer
-        fcntl.flock(file, fcntl.LOCK_EX)
+    assert found["status"] == "stopped" and found["output"] == "began\n" and found["s"] < 100
+    with held.open() as file:  # which one that lived on would hold
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.long

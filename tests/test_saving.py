@@ -615,6 +615,10 @@ def test_a_loaded_run_does_not_meet_the_same_starts_again(tmp_path: Path) -> Non
     again, twice = (starts(DreamerGPLD.load(tmp_path / "model", env=Start(), device="cpu")) for _ in range(2))
     assert len(before) == len(again) == 3 and np.array_equal(again, twice)
     assert not np.isin(before, again).any()
+    looked_at = DreamerGPLD.load(tmp_path / "model", env=Start(), device="cpu", seed=3)
+    assert looked_at.env is not None and np.array_equal(looked_at.env.reset()[0], before[0])  # it does not go on
+    seeded = starts(looked_at)
+    assert not np.isin(before, seeded).any()
 
 
 def test_a_model_that_is_saved_again_goes_on_as_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run is judged by, and how arms are compared. All of it was written before the first run was finished.
+"""What a run is judged by, and how arms are compared. docs/evidence.md says what of it was fixed when.
 
 Scores are those of whole runs: the mean return of all training episodes (the area under the curve), and of those in the last
 tenth of the frames, divided by 1000, the largest return. Aggregates are interquartile means over tasks and seeds, as in

@@ -127,9 +127,13 @@ def _check_key(key: str, value: Any) -> None:
         raise TypeError(f"{key} must be true or false, not {value!r}")
 
 
+_JUDGED_TOGETHER = ("posterior_penalty", "prior_penalty", "penalty_min", "penalty_schedule")
+
+
 def _faults(arguments: dict[str, Any], pixels: bool) -> list[str]:
     """Try the arguments one by one, to say which of them are wrong."""
     basis: dict[str, Any] = {key: arguments[key] for key in ("policy", "model_size") if key in arguments}
+    together = {key: arguments[key] for key in _JUDGED_TOGETHER if key in arguments}
     faults = []
     for key, value in arguments.items():
         parts = {key: value}
@@ -137,6 +141,8 @@ def _faults(arguments: dict[str, Any], pixels: bool) -> list[str]:
             parts = {f"{key}, {name}": {name: part} for name, part in value.items() if name not in ("deter", "blocks")}
         for name, part in parts.items():
             error = _build_error({**basis, key: part}, pixels)
+            if error is not None and key in together:
+                error = _build_error({**basis, **together}, pixels)
             if error is not None:
                 text = next(iter(part.values())) if key == "policy_kwargs" else part
                 faults.append(f"{name}: {error}{_number_hint(text)}")

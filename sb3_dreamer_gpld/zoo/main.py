@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import DM_CONTROL, METAWORLD, suite_of
 from sb3_dreamer_gpld.trained import find_agent
@@ -124,7 +126,8 @@ def _prepare_agent(args: list[str], rendering: bool) -> tuple[list[str], Path]:
     # Inside rl_zoo3: of its scripts only enjoy reads those of the hyperparameter file
     env_kwargs.update(recorded_env_kwargs(run / name))
     given, args = take(args, "--env-kwargs", nargs="+", default=[])
-    words = [*(f"{name}:{value!r}" for name, value in env_kwargs.items()), *given]
+    # Inside rl_zoo3: values are evaluated, where the names of no numbers but only yaml's are known
+    words = [*(f"{name}:yaml.unsafe_load({yaml.dump(value)!r})" for name, value in env_kwargs.items()), *given]
     return [*args, "--algo", options.algo, "-f", options.folder, *(["--env-kwargs", *words] if words else [])], run
 
 

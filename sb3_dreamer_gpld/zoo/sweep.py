@@ -214,7 +214,7 @@ def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
             problems = check_entry({**entry, **settings})
             if problems:
                 fail("\n".join(f"{file}, {name}, arm {arm}: {problem}" for problem in problems))
-            steps = int(options.n_timesteps or entry["n_timesteps"])
+            steps = int(options.n_timesteps or {**entry, **settings}["n_timesteps"])
             if options.eval_freq > steps:
                 fail(
                     f"--eval-freq {options.eval_freq}: a run in {task} has {steps} steps and would never be evaluated. "

@@ -166,11 +166,14 @@ def test_names_the_mistake(entry: dict[str, Any], problem: str) -> None:
 def test_names_all_mistakes_of_an_entry() -> None:
     found = check.check_entry({"policy": "MlpPolicy", "gamma": 2, "train_ratio": "x", "batchsize": 1})
     assert [problem.split(":")[0] for problem in found] == ["batchsize", "n_timesteps", "gamma", "train_ratio"]
+    found = check.check_entry({**PLAIN, "posterior_penalty": 5.0e-4, "penalty_min": 1.0e-4, "gamma": 2})
+    assert [problem.split(":")[0] for problem in found] == ["gamma"]
 
 
 @pytest.mark.parametrize(
     "entry",
     [
+        {"ent_coef": "auto", "target_entropy": 6.0},  # which depends on the actions
         {"learning_rate": "lin_3e-4", "n_timesteps": 1e6, "n_envs": 4, "train_freq": 4, "gradient_steps": -1},
         {"train_freq": [1, "episode"], "n_envs": 1, "normalize": False, "frame_stack": 2},
         {"normalize": True, "monitor_kwargs": "dict(info_keywords=('a',))", "env_kwargs": {"g": 9.81}},

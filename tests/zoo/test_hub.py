@@ -15,6 +15,7 @@ def test_push_to_hub_makes_the_files_without_network(
 ) -> None:
     import huggingface_hub
 
+    pytest.importorskip("moviepy")
     connections: list[Any] = []  # an error alone would be swallowed
 
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -147,6 +147,16 @@ def test_arguments_of_the_environment_hold_for_all_commands(folder: Path, given:
     assert arguments.parse(args, "env_kwargs").env_kwargs == {**entry["env_kwargs"], **given}
 
 
+def test_recorded_arguments_of_the_environment_may_be_any(
+    trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rl_zoo3 evaluates them, and knows no inf."""
+    recorded = {"heights": [0.7, float("inf")], "pair": (1, "a"), "nothing": None}
+    monkeypatch.setattr(zoo, "recorded_env_kwargs", lambda run: recorded)
+    args, _ = zoo._prepare_agent(["--env", "Pendulum-v1", "-f", str(trained / "logs")], rendering=False)
+    assert arguments.parse(args, "env_kwargs").env_kwargs == recorded
+
+
 def test_record_video(trained: Path, folder: Path, no_memory: None) -> None:
     pytest.importorskip("moviepy")
     zoo.main(["record-video", "--env", "Pendulum-v1", "-n", "5", "-f", str(trained / "logs"), "-o", "videos"])
