@@ -183,7 +183,7 @@ def test_blocks_in_their_order(
 def test_other_weights_of_the_better_penalty(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They begin when all arms are finished, and are compared over what they have finished, on episodes of other models."""
     assert scores.better() is None and list(page.weights_table(protocol.complete())) == [page.NO_BLOCK]
-    for module in (protocol, scores, running):
+    for module in (protocol, scores):
         monkeypatch.setattr(module, "TASKS", ("walker-walk", "reacher-hard"))
         monkeypatch.setattr(module, "SEEDS", SEEDS[:2])
     assert scores.better() == BOTH

@@ -13,12 +13,10 @@ from benchmarks.evidence.protocol import (
     GROUPS,
     NONE,
     PENALTIES,
-    SEEDS,
-    TASKS,
     WEIGHTS,
     Seeds,
     complete,
-    jobs_of,
+    every_block,
     other_weights,
 )
 from benchmarks.evidence.scores import (
@@ -85,16 +83,13 @@ def named(jobs: Iterable[Job]) -> str:
 
 def finished_table(found: Seeds) -> Iterator[str]:
     """How much of the protocol there is, which runs that began are not in the tables, and which were not measured."""
-    blocks = [jobs_of(task, seed) for seed in SEEDS for task in TASKS]
+    blocks, shown = every_block(), found.jobs()
     done = [jobs for jobs in blocks if all(job.finished for job in jobs)]
-    shown = [job for task in found.tasks for seed in found.seeds for job in jobs_of(task, seed)]
-    every = [job for jobs in blocks for job in jobs]
-    for arm in PENALTIES:
-        others = other_weights(arm)
-        there = complete(others)
-        shown += [job for task in there.tasks for seed in there.seeds for job in jobs_of(task, seed, others)]
-        every += [job for seed in SEEDS for task in TASKS for job in jobs_of(task, seed, others)]
-    began = [job for job in every if read_csv(job.file)]
+    every = list(blocks)
+    for others in map(other_weights, PENALTIES):
+        every += every_block(others)
+        shown += complete(others).jobs(others)
+    began = [job for jobs in every for job in jobs if read_csv(job.file)]
     unmeasured = [job for job in began if job.finished and not is_measured(job)]
     yield f"**{len(done)} of {len(blocks)} blocks are finished.**"
     if found.seeds:

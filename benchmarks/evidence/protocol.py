@@ -26,6 +26,12 @@ def jobs_of(task: str, seed: int, arms: Iterable[str] = ARMS) -> list[Job]:
     return [Job(arm, task, seed, FRAMES) for arm in arms]
 
 
+def every_block(arms: Iterable[str] = ARMS) -> list[list[Job]]:
+    """The runs of all blocks, those of the first seed first."""
+    arms = tuple(arms)
+    return [jobs_of(task, seed, arms) for seed in SEEDS for task in TASKS]
+
+
 def other_weights(arm: str) -> list[str]:
     """The arms with a penalty's other weights."""
     return [f"{arm}-{weight}" for weight in WEIGHTS]
@@ -55,6 +61,11 @@ class Seeds(NamedTuple):
 
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
+
+    def jobs(self, arms: Iterable[str] = ARMS) -> list[Job]:
+        """Their runs in some arms."""
+        arms = tuple(arms)
+        return [job for task in self.tasks for seed in self.seeds for job in jobs_of(task, seed, arms)]
 
 
 def complete(arms: Iterable[str] = ARMS) -> Seeds:

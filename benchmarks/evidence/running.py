@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.evidence.measuring import can_be_measured, is_measured, measure
-from benchmarks.evidence.protocol import SEEDS, TASKS, jobs_of, other_weights
+from benchmarks.evidence.protocol import every_block, other_weights
 from benchmarks.evidence.scores import better
 from benchmarks.learning.ladder import Job, run_all
 
 
 def blocks() -> Iterator[list[Job]]:
     """All of them, in the order that they are made in; those of the other weights are known when the others are finished."""
-    yield from (jobs_of(task, seed) for seed in SEEDS for task in TASKS)
+    yield from every_block()
     if arm := better():
-        yield from (jobs_of(task, seed, other_weights(arm)) for seed in SEEDS for task in TASKS)
+        yield from every_block(other_weights(arm))
 
 
 def run(workers: int, runs: Path, most: float) -> int:
