@@ -604,9 +604,8 @@ class DreamerGPLD(ResumableAlgorithm):
     def _keep_due_updates(self, steps: int) -> None:
         """The updates that are due after ``steps`` environment steps are made when the run goes on."""
         if self.gradient_steps is None:
-            updates = self._due_updates(steps)
-            assert self.replay_buffer is not None
-            self.update_ratio.credit += updates * self.batch_size * self.replay_buffer.batch_length
+            updates = self._due_updates(steps)  # first: it changes the credit
+            self.update_ratio.credit += updates * self._replayed_steps
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
@@ -649,8 +648,13 @@ class DreamerGPLD(ResumableAlgorithm):
             return self.gradient_steps if self.gradient_steps >= 0 else steps * self.processes.size
         if ready < self.processes.size:
             return 0
-        replayed = self.batch_size * self.replay_buffer.batch_length
-        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, replayed)
+        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, self._replayed_steps)
+
+    @property
+    def _replayed_steps(self) -> int:
+        """Steps that an update replays, B·T."""
+        assert self.replay_buffer is not None
+        return self.batch_size * self.replay_buffer.batch_length
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """Make updates from replayed windows.

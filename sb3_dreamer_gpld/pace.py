@@ -111,9 +111,9 @@ def updates_per_step(algorithm: DreamerGPLD) -> float:
     :return: updates for each environment step of all processes, once they have begun; 0: it is not known, since updates come
         after episodes, and none has ended yet
     """
-    assert algorithm.replay_buffer is not None and isinstance(algorithm.train_freq, TrainFreq)
+    assert isinstance(algorithm.train_freq, TrainFreq)
     if algorithm.gradient_steps is None:
-        return algorithm.train_ratio / (algorithm.batch_size * algorithm.replay_buffer.batch_length)
+        return algorithm.train_ratio / algorithm._replayed_steps
     if algorithm.gradient_steps < 0:
         return 1.0
     steps = float(algorithm.train_freq.frequency * algorithm.n_envs * algorithm.processes.size)
