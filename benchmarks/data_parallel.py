@@ -43,7 +43,7 @@ def exchange(processes: Processes, numbers: int, repeats: int) -> float:
     """Median seconds in which the processes average a gradient, the copies to and from one row included."""
     gradient, seconds = [th.ones(numbers // 100) for _ in range(100)], []
     for _ in range(repeats + 1):
-        processes.sums([0.0])
+        processes.barrier()
         start = time.perf_counter()
         processes.average_(gradient)
         seconds.append(time.perf_counter() - start)
@@ -64,7 +64,7 @@ def updates(processes: Processes, args: argparse.Namespace) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeats + 1):
         for name, those in ways.items():
-            processes.sums([0.0])
+            processes.barrier()
             model.processes = model.learner.processes = those
             model.policy.actor_critic.gather = those.gather
             if those.size > 1 or processes.is_first:

@@ -172,7 +172,7 @@ def parity(device: str, folder: Path, seconds: float, recording: str, modes: Seq
         expected = recorded.tensor("loss_total")
         error = float((total.detach().cpu() - expected).abs() / expected.abs())
         found[mode] = {"loss": error, "gradient": errors[worst], "worst": worst}
-        found[mode]["captured"] = mode == "captured" and execution.captured("gradients_of")
+        found[mode]["captured"] = mode == "captured" and execution.is_recorded("gradients_of")
         note(folder, found)
     return found
 
@@ -196,7 +196,7 @@ def update(device: str, folder: Path, seconds: float, size: str, penalty: str, m
         model.train(1, model.batch_size)
         first = time.perf_counter() - start
         model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
-        found[mode] = {"first_s": first, **timed(model), "captured": mode == "captured" and execution.captured("step")}
+        found[mode] = {"first_s": first, **timed(model), "captured": mode == "captured" and execution.is_recorded("step")}
         note(folder, found)  # the profiler may fail
         found[mode] |= launched(model)
         note(folder, found)

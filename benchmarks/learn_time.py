@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace, n_envs: int) -> dict[str, Any]:
     buffer = model.replay_buffer
     assert buffer is not None and model.env is not None
     targets = [
-        ("update", model, "update"),
+        ("update", model.learner, "update"),
         ("acting", model, "_sample_action"),
         ("environment", model.env, "step"),
         ("replay: add", buffer, "add"),

@@ -65,8 +65,9 @@ def check_names(kind: type, inits: Iterable[Callable[..., Any]], names: Iterable
     :param names: to be looked at
     :raises TypeError: there is no such argument; the text says what does its work here, or names the closest one
     """
-    parameters = [name for init in inits for name in inspect.signature(init).parameters]
-    allowed = [name for name in parameters if name != "self" and not name.startswith("_")]
+    parameters = [each for init in inits for each in inspect.signature(init).parameters.values()]
+    named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    allowed = [name for name in named if name != "self" and not name.startswith("_")]
     for name in names:
         if name not in allowed and not name.startswith("_"):
             if name in KNOWN_ELSEWHERE:

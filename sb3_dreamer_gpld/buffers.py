@@ -466,7 +466,7 @@ class SequenceReplayBuffer(ReplayBuffer):
 
     def _latents(self, at: Entries) -> tuple[th.Tensor, th.Tensor]:
         """Read the latents of one row per window: (B, D) and (B, K)."""
-        deter, stoch = self._read("deter", at), self.to_torch(self.rows.read_indices(at), copy=False)
+        deter, stoch = self._read("deter", at), self.to_torch(self.rows.read_stoch(at), copy=False)
         missing = stoch == self.no_latent  # (B, K)
         return deter.masked_fill(missing.any(1, keepdim=True), 0.0), stoch.masked_fill(missing, -1)
 

@@ -41,10 +41,12 @@ from sb3_dreamer_gpld.environment_checks import check_finite, check_normalizatio
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
-from sb3_dreamer_gpld.learner import Learner, LearnerConfig, UpdateRatio
+from sb3_dreamer_gpld.learner import Learner, LearnerConfig
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.pace import (
     Pace,
+    UpdateRatio,
+    rows_before_updates,
     tell,
     updates_per_step,
     warn_before_updates,
@@ -440,7 +442,7 @@ class DreamerGPLD(ResumableAlgorithm):
             noisy = self._state.action + noise.view_as(self._state.action)
             self._state = self._state._replace(action=noisy.clamp(-1.0, 1.0))
         # One wait for the device a step: for the action, and what is stored with it
-        action, *self._latents = to_host(self._state.action, self._state.deter, latent).arrays()
+        action, *self._latents = to_host(self._state.action, self._state.deter, latent).wait()
         taken = self.policy.to_env_action(th.from_numpy(action))
         return taken, action if self.policy.action_spec.nvec is None else taken
 
@@ -489,7 +491,7 @@ class DreamerGPLD(ResumableAlgorithm):
         The loop is that of ``OffPolicyAlgorithm``, but for the number of updates: see ``train_ratio``.
 
         :param total_timesteps: environment steps, over all environments of all processes
-        :param callback: called at every step; of several processes by the first one alone
+        :param callback: called at every step; of several processes by the first one alone, but for those that all of them need
         :param log_interval: episodes between two logs; None: none
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: start counting afresh, and reset the environment
@@ -603,9 +605,8 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _keep_due_updates(self, steps: int) -> None:
         """The updates that are due after ``steps`` environment steps are made when the run goes on."""
-        if self.gradient_steps is None:
-            updates = self._due_updates(steps)  # first: it changes the credit
-            self.update_ratio.credit += updates * self._replayed_steps
+        if self.gradient_steps is None and self._can_update():
+            self.update_ratio.add(steps * self.processes.size, self.train_ratio)
 
     def _resume(self, reset_num_timesteps: bool) -> None:
         """Go on as a loaded run: with its random numbers, and with a word of warning if its replay buffer is missing."""
@@ -635,20 +636,25 @@ class DreamerGPLD(ResumableAlgorithm):
             # The exact norm's strips would be as many kernels, and its products are as fast uncompiled.
             execution.compile(leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
 
+    def _can_update(self) -> bool:
+        """Whether enough is stored to learn from, in all processes together."""
+        assert self.replay_buffer is not None
+        stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
+        if stored <= rows_before_updates(self):
+            return False
+        if self.gradient_steps is not None:
+            return self.num_timesteps > self.learning_starts
+        return ready == self.processes.size
+
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
-        assert self.replay_buffer is not None
-        capacity = self.replay_buffer.buffer_size * self.n_envs * self.processes.size  # rows of all environments
-        stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
-        if stored <= min(self.learning_starts, capacity - 1):
+        if not self._can_update():
             return 0
+        steps *= self.processes.size
         if self.gradient_steps is not None:
-            if self.num_timesteps <= self.learning_starts:
-                return 0
-            return self.gradient_steps if self.gradient_steps >= 0 else steps * self.processes.size
-        if ready < self.processes.size:
-            return 0
-        return self.update_ratio.due(steps * self.processes.size, self.train_ratio, self._replayed_steps)
+            return self.gradient_steps if self.gradient_steps >= 0 else steps
+        self.update_ratio.add(steps, self.train_ratio)
+        return self.update_ratio.take(self._replayed_steps)
 
     @property
     def _replayed_steps(self) -> int:
@@ -665,11 +671,7 @@ class DreamerGPLD(ResumableAlgorithm):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        waiting = self._n_updates <= self._penalty_update or self.penalty_start != self._penalty_waits
-        if waiting and self.num_timesteps < self.penalty_start:
-            self._penalty_update = self._n_updates + gradient_steps
-        if waiting or self.num_timesteps >= self.penalty_start:
-            self._penalty_waits = self.penalty_start
+        self._move_penalty_start(gradient_steps)
         learner = self.learner
         learner.config = self._learner_config()
         learner.faults.clear()
@@ -684,6 +686,13 @@ class DreamerGPLD(ResumableAlgorithm):
         for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
             self.logger.record(f"train/{name}", group["lr"])
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _move_penalty_start(self, updates: int) -> None:
+        """Have the penalty start after ``updates`` more, as long as ``penalty_start`` is not reached; it counts once."""
+        waiting = self._n_updates <= self._penalty_update or self.penalty_start != self._penalty_waits
+        if waiting and self.num_timesteps < self.penalty_start:
+            self._penalty_update = self._n_updates + updates
+        self._penalty_waits = self.penalty_start
 
     def _update(self, updates: int, batch_size: int, rates: Sequence[float], refresh: LatentRefresh) -> None:
         """Make updates.

@@ -105,7 +105,7 @@ class Execution(Runner):
         recorded = self._recorded.setdefault(function.__name__, Recorded(self.recorder))
         return recorded(function, (key(), self.compiled, self.failed, self._left_out), inputs)
 
-    def captured(self, name: str) -> bool:
+    def is_recorded(self, name: str) -> bool:
         """Whether the function of that name runs as a CUDA graph now."""
         return name in self._recorded and self._recorded[name].recording is not None
 
@@ -149,7 +149,7 @@ class Execution(Runner):
 class Recorder(Protocol):
     """A way to run a function once and its operations again and again."""
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+    def warm_up(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
         """Run a function that is to be recorded later, where that will be done.
 
         :return: what it returned, and why it cannot be recorded, or ""
@@ -171,7 +171,7 @@ class CudaGraphs:
     def __init__(self, device: th.device) -> None:
         self.stream = th.cuda.Stream(device)
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+    def warm_up(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
         current, mode = th.cuda.current_stream(self.stream.device), th.cuda.get_sync_debug_mode()
         self.stream.wait_stream(current)
         with warnings.catch_warnings(record=True) as told, th.cuda.stream(self.stream):
@@ -239,7 +239,7 @@ class Recorded:
         if self.recording is None:
             self._calls += 1
             if self._calls <= CALLS_BEFORE_RECORDING:
-                outputs, problem = self.recorder.aside(function, inputs)
+                outputs, problem = self.recorder.warm_up(function, inputs)
                 if problem and self._calls == CALLS_BEFORE_RECORDING:
                     self._give_up(function, problem)
                 return outputs

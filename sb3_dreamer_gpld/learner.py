@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sb3_dreamer_gpld.config import PenaltyConfig
 from sb3_dreamer_gpld.execution import Execution, addresses, resolve_precision
-from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, Running
+from sb3_dreamer_gpld.nets.actor_critic import ImaginationDraws, Objective, RunningStatistics
 from sb3_dreamer_gpld.nets.gpld import penalty_weight
 from sb3_dreamer_gpld.nets.rssm import States
 from sb3_dreamer_gpld.nets.world_model import Batch, PenaltyWeights, Term, WorldModelDraws
@@ -68,7 +68,7 @@ class Loss(NamedTuple):
     terms: Mapping[str, Term]
     states: States
     metrics: dict[str, Tensor]
-    running: Running
+    running: RunningStatistics
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -170,8 +170,9 @@ class Learner:
         for group, rate in zip(groups, learning_rates, strict=True):
             group["lr"] = rate * (min(1.0, number / warmup) if warmup else 1.0)
         rates, weights = [group["lr"] for group in groups], self._penalty_weights(number)
+        # (groups + 2,), in one copy
         numbers = to_device(np.array([*rates, *(weight or 0.0 for weight in weights)], dtype=np.float32), self.policy.device)
-        used = (None if weight is None else number for weight, number in zip(weights, numbers[-2:], strict=True))
+        used = (None if weight is None else value for weight, value in zip(weights, numbers[-2:], strict=True))
         return Inputs(batch, draws, numbers[: len(rates)], PenaltyWeights(*used))
 
     def _penalty_weights(self, number: int) -> PenaltyWeights:
@@ -205,7 +206,7 @@ class Learner:
             policy.optimizer.found_inf = policy.optimizer.rates = None
         policy.actor_critic.update_slow_value(1.0 - fault.float())
         policy.actor_critic.keep(result.running, fault)
-        policy.world_model.follow(batch.observations, fault)
+        policy.world_model.update_normalizer(batch.observations, fault)
         metrics = self._logged(result, means, grad_norm)
         states = States(*(state.detach() for state in result.states))  # without the graph, which keeps memory
         logged = th.stack([metric.float() for metric in metrics.values()])  # (metrics,)
@@ -254,9 +255,9 @@ class Learner:
         """What is logged of an update, by its name in the log."""
         values = {"loss/total": result.total.detach(), "train/grad_norm": grad_norm}
         for name, term in result.terms.items():
-            values[term.logged_as or f"loss/{name.rstrip('/')}"] = means[name]
-            if term.logged_as and isinstance(term.weight, Tensor):
-                values[f"{term.logged_as.removesuffix('_penalty')}_lambda"] = term.weight
+            values[term.logged_as or f"loss/{name}"] = means[name]
+            if term.weight_logged_as and isinstance(term.weight, Tensor):
+                values[term.weight_logged_as] = term.weight
         values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
         return values
 
@@ -282,7 +283,7 @@ class MetricMeans:
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for names, (total, count) in self._sums.items():
-            for name, value in zip(names, to_host(total).arrays()[0].tolist(), strict=True):
+            for name, value in zip(names, to_host(total).wait()[0].tolist(), strict=True):
                 sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
         self._sums = {}
         return {name: value / counts[name] for name, value in sums.items()}
@@ -315,7 +316,7 @@ class FiniteGuard:
         seen, self._seen = self._seen, []
         if not seen:
             return
-        found = to_host(*(flags for _, _, flags in seen)).arrays()
+        found = to_host(*(flags for _, _, flags in seen)).wait()
         for (number, names, _), flags in zip(seen, found, strict=True):
             if flags.any():
                 *losses, gradient = names
@@ -325,28 +326,6 @@ class FiniteGuard:
                     f"Update {number}: {what} became not finite; the parameters were not changed. "
                     "Look for extreme rewards or observations, or lower the learning rate"
                 )
-
-
-class UpdateRatio:
-    """How many updates are due after some steps; what makes no whole update yet is kept for later.
-
-    :param credit: replayed steps that are due
-    """
-
-    def __init__(self, credit: float = 0.0) -> None:
-        self.credit = credit
-
-    def due(self, steps: int, train_ratio: float, replayed: int) -> int:
-        """Updates to make.
-
-        :param steps: of the environments, since the last time
-        :param train_ratio: replayed steps for each of them
-        :param replayed: steps that an update replays, B·T
-        """
-        self.credit += steps * train_ratio
-        updates = int(self.credit // replayed)
-        self.credit -= updates * replayed
-        return updates
 
 
 def mean(loss: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run of updates takes: its pace and the time left, and a word of warning if it ends before the first update."""
+"""When updates are due and what they take: their number, pace and time left, and warnings of runs that end without one."""
 
 from __future__ import annotations
 
@@ -58,6 +58,33 @@ class Pace:
         self._told = rate
         left = spell_seconds((self.total_timesteps - num_timesteps) / rate)
         return f"{updates_rate:.3g} updates and {rate:.3g} steps per second, {left} left"
+
+
+class UpdateRatio:
+    """How many updates are due after some steps; what makes no whole update yet is kept for later.
+
+    :param credit: replayed steps that are due
+    """
+
+    def __init__(self, credit: float = 0.0) -> None:
+        self.credit = credit
+
+    def add(self, steps: int, train_ratio: float) -> None:
+        """Count environment steps.
+
+        :param steps: since the last time, of all environments
+        :param train_ratio: replayed steps for each of them
+        """
+        self.credit += steps * train_ratio
+
+    def take(self, replayed: int) -> int:
+        """Updates to make now.
+
+        :param replayed: steps that an update replays, B·T
+        """
+        updates = int(self.credit // replayed)
+        self.credit -= updates * replayed
+        return updates
 
 
 def spell_seconds(seconds: float) -> str:
@@ -123,6 +150,13 @@ def updates_per_step(algorithm: DreamerGPLD) -> float:
     return algorithm.gradient_steps / steps
 
 
+def rows_before_updates(algorithm: DreamerGPLD) -> int:
+    """Rows of all environments of all processes, more than which must be stored when the first update is made."""
+    buffer = algorithm.replay_buffer
+    assert buffer is not None
+    return min(algorithm.learning_starts, buffer.buffer_size * algorithm.n_envs * algorithm.processes.size - 1)
+
+
 def _wants_updates(algorithm: DreamerGPLD) -> bool:
     return bool(algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps)
 
@@ -138,7 +172,7 @@ def warn_before_updates(algorithm: DreamerGPLD, total_timesteps: int) -> bool:
         return False
     buffer = algorithm.replay_buffer
     assert buffer is not None
-    needed = min(algorithm.learning_starts, buffer.buffer_size * algorithm.n_envs * algorithm.processes.size - 1)
+    needed = rows_before_updates(algorithm)
     # A step is a row, and an episode one more: at most two
     most = int(buffer.stored_rows().sum()) * algorithm.processes.size + 2 * (total_timesteps - algorithm.num_timesteps)
     if most > needed and (algorithm.gradient_steps is None or total_timesteps > algorithm.learning_starts):

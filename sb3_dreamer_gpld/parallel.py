@@ -99,6 +99,10 @@ class Processes:
         self._exchange(dist.all_reduce, total)
         return total.tolist()
 
+    def barrier(self) -> None:
+        """Wait until all processes are here; GPUs need not be done."""
+        self.sums([0.0])
+
     def told_by_first(self, thing: Any) -> Any:
         """What the first process has for ``thing``, which can be pickled."""
         if self.size == 1:

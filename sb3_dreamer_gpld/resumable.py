@@ -236,7 +236,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         folder, told = Path(folder), list(self._saved)
         if self.processes.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-        self.processes.sums([0.0])  # nobody writes before the folder is there
+        self.processes.barrier()  # nobody writes before the folder is there
         file = run_file(folder, self.num_timesteps)
         self.save_replay_buffer(file.with_suffix(".pkl"))
         normalize = self.get_vec_normalize_env()
@@ -245,12 +245,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 pickle.dump({name: getattr(normalize, name) for name in STATISTICS if hasattr(normalize, name)}, statistics)
         self.save(file)
         self._saved = told
-        self.processes.sums([0.0])  # nothing is removed before all files are there
+        self.processes.barrier()  # nothing is removed before all files are there
         for other in list(folder.iterdir()):
             found = RUN_FILE.fullmatch(other.name)
             if found and (int(found[1]) != self.num_timesteps or other.suffix == ".part"):
                 other.unlink(missing_ok=True)
-        self.processes.sums([0.0])  # and nobody writes the next ones before
+        self.processes.barrier()  # and nobody writes the next ones before
         return file
 
     @classmethod

@@ -15,7 +15,7 @@ import torch as th
 from torch import Tensor
 
 
-class Arrays:
+class PendingArrays:
     """Values on their way to the host.
 
     :param tensors: in pinned memory, being filled, or those of the processor themselves
@@ -25,25 +25,25 @@ class Arrays:
     def __init__(self, tensors: tuple[Tensor, ...], done: th.cuda.Event | None) -> None:
         self._tensors, self._done = tensors, done
 
-    def arrays(self) -> tuple[np.ndarray, ...]:
+    def wait(self) -> tuple[np.ndarray, ...]:
         """Wait for the values. On a processor they share the memory of the tensors."""
         if self._done is not None:
             self._done.synchronize()
         return tuple(tensor.numpy() for tensor in self._tensors)
 
 
-def to_host(*tensors: Tensor) -> Arrays:
+def to_host(*tensors: Tensor) -> PendingArrays:
     """Begin to copy tensors, which may change afterwards; floating ones become float32, since NumPy has no bfloat16."""
     tensors = tuple(tensor.detach().float() if tensor.is_floating_point() else tensor.detach() for tensor in tensors)
     if not any(tensor.is_cuda for tensor in tensors):
-        return Arrays(tuple(map(_copied_to_host, tensors)), None)
+        return PendingArrays(tuple(map(_copied_to_host, tensors)), None)
     copies = []
     for tensor in tensors:
         copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copies.append(copy.copy_(tensor, non_blocking=True))
     done = th.cuda.Event()
     done.record(th.cuda.current_stream(next(tensor.device for tensor in tensors if tensor.is_cuda)))
-    return Arrays(tuple(copies), done)
+    return PendingArrays(tuple(copies), done)
 
 
 def to_device(array: np.ndarray | Tensor, device: th.device | str) -> Tensor:

@@ -75,7 +75,7 @@ class Tape:
     def __init__(self) -> None:
         self.recordings = self.replays = 0
 
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+    def warm_up(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
         return function(inputs), ""
 
     def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:

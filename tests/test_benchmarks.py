@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import planning, update_time
+from benchmarks import learn_time, planning, update_time
 from benchmarks.results import read_csv, write_csv
 
 DEBUG = ["--size", "debug", "--batch", "2", "--length", "8", "--horizon", "2", "--repeats", "1"]
@@ -29,6 +29,18 @@ def test_time_of_an_update(options: list[str], tmp_path: Path, monkeypatch: pyte
     phases = json.loads(file.read_text())["phases_ms"]
     assert phases["total"] > 0 and all(ms >= 0 for name, ms in phases.items() if name != "backward and rest")
     assert {"sample", "refresh latents", "observe", "random numbers", "optimiser", "backward and rest"} <= set(phases)
+
+
+def test_time_of_the_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every phase was there, and a step takes the sum of what its phases take."""
+    file = tmp_path / "results.json"
+    options = ["--size", "debug", "--envs", "2", "--steps", "8", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["learn_time", *options])
+    learn_time.main()
+    (result,) = json.loads(file.read_text())
+    assert result["updates"] == 8 * 512 // (16 * 64)
+    assert all(0.0 < share < 1.0 for share in result["shares"].values())
+    assert sum(result["shares"].values()) == pytest.approx(1.0)
 
 
 def test_the_page_of_planning_has_what_was_found() -> None:

@@ -64,7 +64,7 @@ def recorded(model: DreamerGPLD) -> DreamerGPLD:
 
 
 def assert_captured(model: DreamerGPLD) -> None:
-    assert model.learner.execution.captured("step") and model.learner.execution.captured("_act")
+    assert model.learner.execution.is_recorded("step") and model.learner.execution.is_recorded("_act")
 
 
 @pytest.mark.parametrize("options", [{}, {"actor_gradient": "dynamics", "ent_coef": "auto"}, {"penalty_estimator": "exact"}])
@@ -92,7 +92,7 @@ def test_replays_draw_anew() -> None:
         return [execution.run_whole(draw, lambda: "draw", th.zeros(4, device="cuda")).cpu() for _ in range(8)]
 
     first, second = draws(0), draws(0)
-    assert execution.captured("draw")
+    assert execution.is_recorded("draw")
     assert len({tuple(each.tolist()) for each in first}) == 8
     th.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -106,12 +106,12 @@ def test_a_function_that_waits_is_not_captured() -> None:
 
     with pytest.warns(UserWarning, match="Recording 'reading' as a CUDA graph failed"):
         results = [execution.run_whole(reading, lambda: "read", th.ones(3, device="cuda")).cpu() for _ in range(8)]
-    assert all(th.equal(each, th.full((3,), 3.0)) for each in results) and not execution.captured("reading")
+    assert all(th.equal(each, th.full((3,), 3.0)) for each in results) and not execution.is_recorded("reading")
 
 
 def test_a_capture_that_fails_leaves_the_rest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where waiting was not seen before."""
-    monkeypatch.setattr(CudaGraphs, "aside", lambda self, function, inputs: (function(inputs), ""))
+    monkeypatch.setattr(CudaGraphs, "warm_up", lambda self, function, inputs: (function(inputs), ""))
     execution, before = Execution(th.nn.Linear(1, 1).cuda(), th.device("cuda")), th.cuda.current_stream()
     execution.recorder = CudaGraphs(th.device("cuda"))
 

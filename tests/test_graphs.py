@@ -215,7 +215,7 @@ class Failing(Tape):
 
 
 class Waiting(Tape):
-    def aside(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
+    def warm_up(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
         return function(inputs), "called a synchronizing CUDA operation"
 
 

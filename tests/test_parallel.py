@@ -134,7 +134,7 @@ rows = model.processes.gather(th.as_tensor(model.replay_buffer.observations[:40,
 assert not th.equal(rows[0], rows[1])  # each has met something else
 model.save("model")
 model.save_replay_buffer("buffer")
-model.processes.sums([0.0])  # all files are there
+model.processes.barrier()  # all files are there
 tell("DONE", model._n_updates)
 """
 
@@ -164,7 +164,7 @@ stopped = start()
 stopped.learn(320)
 stopped.save("model")
 stopped.save_replay_buffer("buffer")
-stopped.processes.sums([0.0])
+stopped.processes.barrier()
 resumed = DreamerGPLD.load("model", env=Clock(False), device="cpu")
 resumed.load_replay_buffer("buffer")
 resumed.learn(80, reset_num_timesteps=False)

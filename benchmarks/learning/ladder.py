@@ -138,9 +138,9 @@ def read_arms() -> dict[str, Arm]:
     arms = {}
     for name in entries:
         values = settings(name)
-        own: dict[str, Any] = {"action_repeat": 2}
-        own |= dict.fromkeys(("target_entropy_per_number", "unavailable", "decay_frames", "fade_frames"))
-        arms[name] = Arm(name, values, *(values.pop(key, default) for key, default in own.items()))
+        own = {field: values.pop(field, None) for field in ("unavailable", "decay_frames", "fade_frames")}
+        repeat, target = values.pop("action_repeat", 2), values.pop("target_entropy_per_number", None)
+        arms[name] = Arm(name, values, action_repeat=repeat, target_entropy=target, **own)
     return arms
 
 

@@ -84,8 +84,8 @@ def posterior_probabilities(policy: DreamerPolicy, inputs: Tensor) -> Tensor:
     :param inputs: u = [deter, tokens], (N, D + tokens)
     :return: class probabilities after the uniform mix, (N, C, K)
     """
-    rssm, config = policy.world_model.rssm, policy.config
-    return rssm.probabilities(rssm.posterior(inputs).unflatten(-1, (config.classes, config.stoch)))
+    rssm = policy.world_model.rssm
+    return rssm.probabilities(rssm.posterior_logits(inputs))
 
 
 # ----------------------------------------------------------------------------------------------------------- smoothness

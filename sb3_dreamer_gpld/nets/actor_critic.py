@@ -64,7 +64,7 @@ class Objective(NamedTuple):
     policy_penalty: float = 0.0
 
 
-class Running(NamedTuple):
+class RunningStatistics(NamedTuple):
     """What actor and critic remember from update to update beside their parameters.
 
     :param percentiles: low and high percentile of the returns, (2,)
@@ -94,7 +94,7 @@ class Rollouts(NamedTuple):
 
 
 class ActorCritic(SteppedModule):
-    """Policy, value and slow value, and what is remembered beside them, see :class:`Running`.
+    """Policy, value and slow value, and what is remembered beside them, see :class:`RunningStatistics`.
 
     :param actions: what actions look like
     :param config: sizes and constants
@@ -137,7 +137,7 @@ class ActorCritic(SteppedModule):
 
     def loss(
         self, world_model: WorldModel, batch: Batch, states: States, draws: ImaginationDraws, objective: Objective
-    ) -> tuple[dict[str, Term], dict[str, Tensor], Running]:
+    ) -> tuple[dict[str, Term], dict[str, Tensor], RunningStatistics]:
         """Losses of policy and value.
 
         :param world_model: imagines, and predicts rewards and continuation
@@ -155,22 +155,18 @@ class ActorCritic(SteppedModule):
         reward, cont, value, slow_value = rollouts.reward, rollouts.cont, rollouts.value, rollouts.slow_value
         returns = imagined_returns(reward, cont, value, objective.return_lambda)  # (H, N)
         weight = cont.detach().cumprod(0)[:-1]  # (H, N), the start's own continuation included
-        percentiles = self.updated_percentiles(self.gather(returns.detach()))
-        scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)
+        percentiles = self.updated_percentiles(self.gather(returns.detach()))  # (2,)
+        scale = (percentiles[1] - percentiles[0]).clamp_min(1.0)  # scalar
         advantage = (returns - value[:-1]) / scale  # (H, N)
 
         log_prob, entropy = self.distribution.log_prob_and_entropy(rollouts.outputs, rollouts.actions)  # (H, N)
-        gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()
-        rise = self._updated_ent_coef_rise(self.gather(entropy.detach()), objective.target_entropy)
-        if objective.target_entropy is None:
-            ent_coef = th.full_like(self.ent_coef_rise, objective.ent_coef)
-        else:
-            ent_coef = objective.ent_coef * self.ent_coef_rise.exp()
-        policy_loss = -weight * (gain + ent_coef * entropy)
+        gain = objective.dynamics * advantage + (1.0 - objective.dynamics) * log_prob * advantage.detach()  # (H, N)
+        ent_coef, rise = self._entropy_coefficient(self.gather(entropy.detach()), objective)
+        policy_loss = -weight * (gain + ent_coef * entropy)  # (H, N)
         returns, slow_value, advantage = returns.detach(), slow_value.detach(), advantage.detach()
         group = len(rollouts.value_logits[0])
         targets = zip(rollouts.value_logits, returns.split(group), slow_value[:-1].split(group), strict=True)
-        value_loss = weight * th.cat([self.value_loss_step(*chunk) for chunk in targets])  # (H, N)
+        value_loss = weight * th.cat([self.value_losses(*chunk) for chunk in targets])  # (H, N)
         # A rollout starts at each replayed state, so its first slow value and return serve the replay loss too.
         replay_value_loss = self._replay_value_loss(
             batch, states, returns[0].view(size), slow_value[0].view(size), objective.gamma, objective.return_lambda
@@ -196,7 +192,7 @@ class ActorCritic(SteppedModule):
             "return_scale": scale,
         }
         detached = {name: metric.detach() for name, metric in metrics.items()}
-        return losses, detached, Running(percentiles, rise)
+        return losses, detached, RunningStatistics(percentiles, rise)
 
     def _imagine(self, world_model: WorldModel, states: States, draws: ImaginationDraws, objective: Objective) -> Rollouts:
         """Rollouts from posterior states (B, S, ...), and what is predicted along them."""
@@ -210,15 +206,16 @@ class ActorCritic(SteppedModule):
             groups = [features[i : min(i + group, horizon)] for i in range(0, horizon, group)]
             chunks = [th.stack(x) if len(x) > 1 else x[0].unsqueeze(0) for x in groups]  # (≤ group, N, D + C·K) each
             last = features[-1].unsqueeze(0)  # (1, N, D + C·K)
-            predictions = [self.prediction_step(world_model, x) for x in [*chunks, last]]
+            predictions = [self.predictions_of(world_model, x) for x in [*chunks, last]]
             reward, cont, slow_value = (th.cat(parts) for parts in zip(*predictions, strict=True))  # (H + 1, N)
-        logits, values = zip(*[self.value_step(x.detach()) for x in chunks], strict=True)  # (≤ group, N, bins), (≤ group, N)
+        # (≤ group, N, bins), (≤ group, N)
+        logits, values = zip(*[self.logits_and_value(x.detach()) for x in chunks], strict=True)
         if differentiable:  # in the features, where the logits' gradient is that of the parameters
             with gradient_of_inputs(world_model, self.value):
                 value = th.cat([self.value_of(x) for x in [*chunks, last]])  # (H + 1, N)
         else:
             with th.no_grad():
-                value = th.cat([*values, self.value_step(last)[1]])  # (H + 1, N)
+                value = th.cat([*values, self.logits_and_value(last)[1]])  # (H + 1, N)
         # The density is that of a given action, whose gradient would cancel the score's.
         taken = th.stack(actions).detach()  # (H, N, A)
         return Rollouts(th.stack(outputs), taken, reward, cont, value, slow_value, logits)
@@ -291,7 +288,7 @@ class ActorCritic(SteppedModule):
             return squared_gradient(layers, weight, at_least_float32(features), score)
 
     @compilable
-    def value_step(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def logits_and_value(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Value of features (..., D + C·K): logits (..., bins), and their mean without gradient (...)."""
         logits = self.value(features)
         return logits, two_hot_mean(logits.detach(), self.bins)
@@ -302,12 +299,12 @@ class ActorCritic(SteppedModule):
         return two_hot_mean(self.value(features), self.bins)
 
     @compilable
-    def value_loss_step(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
+    def value_losses(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
         """Cross-entropies of the value (..., bins) to the returns (...) and to the slow value (...), (...)."""
         return two_hot_loss(logits, [returns, slow_value], self.bins)
 
     @compilable
-    def prediction_step(self, world_model: WorldModel, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predictions_of(self, world_model: WorldModel, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reward, continuation and slow value of features (..., D + C·K), each (...)."""
         reward, cont, slow = apply_heads([world_model.reward, world_model.cont, self.slow_value], features)
         return world_model.predict_reward(reward), th.sigmoid(cont.squeeze(-1)), two_hot_mean(slow, self.bins)
@@ -326,7 +323,7 @@ class ActorCritic(SteppedModule):
             batch.rewards, batch.is_last, batch.is_terminal, bootstrap, gamma, return_lambda
         )  # (B, S − 1)
         logits = self.value(states.features[:, :-1])  # (B, S − 1, bins)
-        weight = 1.0 - batch.is_last[:, :-1].to(logits.dtype)
+        weight = 1.0 - batch.is_last[:, :-1].to(logits.dtype)  # (B, S − 1)
         return weight * two_hot_loss(logits, [returns, slow_value[:, :-1]], self.bins)
 
     @th.no_grad()
@@ -337,23 +334,25 @@ class ActorCritic(SteppedModule):
         now = th.stack([percentile(ordered, level) for level in (config.percentile_low, config.percentile_high)])  # (2,)
         return self.percentiles.lerp(now, config.percentile_rate)
 
-    def _updated_ent_coef_rise(self, entropy: Tensor, target: float | None) -> Tensor:
-        """The coefficient rises while the entropy is below its target, and sinks again, but never below where it started.
+    def _entropy_coefficient(self, entropy: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+        """The entropy's coefficient, and its rise after this update, which the next one has.
 
-        One that may sink first comes too late: with gradients through the dynamics the entropy falls within hundreds of
-        updates.
+        It rises while the entropy is below its target, and sinks again, but never below where it started. One that may sink
+        first comes too late: with gradients through the dynamics the entropy falls within hundreds of updates.
 
         :param entropy: of the policy along the rollouts, (H, N)
-        :param target: in nats; None: the coefficient is fixed
-        :return: logarithm of the rise, scalar
+        :param objective: with the target, without which the coefficient is fixed
+        :return: the coefficient, scalar; the logarithm of its rise over the smallest one, scalar
         """
-        if target is None:
-            return th.zeros_like(self.ent_coef_rise)
-        shortfall = (target - entropy.mean()).clamp(-1.0, 1.0)
-        return (self.ent_coef_rise + ENT_COEF_RATE * shortfall).clamp(0.0, MAX_ENT_COEF_RISE)
+        before = self.ent_coef_rise
+        if objective.target_entropy is None:
+            return th.full_like(before, objective.ent_coef), th.zeros_like(before)
+        shortfall = (objective.target_entropy - entropy.mean()).clamp(-1.0, 1.0)
+        rise = (before + ENT_COEF_RATE * shortfall).clamp(0.0, MAX_ENT_COEF_RISE)
+        return objective.ent_coef * before.exp(), rise
 
     @th.no_grad()
-    def keep(self, running: Running, fault: Tensor) -> None:
+    def keep(self, running: RunningStatistics, fault: Tensor) -> None:
         """Remember what :meth:`loss` gave, unless the update failed.
 
         :param running: of this update

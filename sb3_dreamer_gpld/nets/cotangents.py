@@ -5,7 +5,7 @@ Their mathematics and letters are in :mod:`~sb3_dreamer_gpld.nets.gpld`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -59,6 +59,19 @@ def through_norm(d: Tensor, at: Local) -> Tensor:
     z, rms_inverse = at.z.unsqueeze(1), at.rms_inverse.unsqueeze(1)  # (n, 1, h), (n, 1, 1)
     along = (y * z).sum(-1, keepdim=True) * (rms_inverse.square() / z.shape[-1])  # (R, n, q, 1)
     return (y - z * along) * rms_inverse
+
+
+def pulled_to_first(d: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
+    """Cotangents of the last hidden layer's output as those of the first one's.
+
+    :param d: (R, n or 1, q, h)
+    :param layers: hidden layers
+    :param local: of each
+    :return: (R, n, q, h), or d itself where there is one layer
+    """
+    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
+        d = through_norm(d, at) @ layer.weight
+    return d
 
 
 class OneLayer(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sb3_dreamer_gpld.config import PenaltyConfig
-from sb3_dreamer_gpld.nets.cotangents import Layer, Local, OneLayer, forward, of_all_rows, through_norm
+from sb3_dreamer_gpld.nets.cotangents import Layer, Local, OneLayer, forward, of_all_rows, pulled_to_first
 from sb3_dreamer_gpld.nets.gpld_exact import exact_squares
 from sb3_dreamer_gpld.schedules import SCHEDULES
 
@@ -51,7 +51,7 @@ def row_penalty(
     :param rows: indices of the penalised rows, (R,); None: all, R = K
     :return: (n,), differentiable once, in every parameter and in the inputs; autocast must be off
     """
-    x, local = _through(layers, inputs)
+    x, local = _forward_all(layers, inputs)
     weight = output[0].view(classes, -1, x.shape[-1]).transpose(0, 1)  # (K, C, h)
     bias = output[1].view(classes, -1).T  # (K, C)
     if rows is not None:
@@ -66,7 +66,7 @@ def row_penalty(
     return (1.0 - unimix) ** 2 * squares.mean(0)
 
 
-def _through(layers: Sequence[Layer], inputs: Tensor) -> tuple[Tensor, list[Local]]:
+def _forward_all(layers: Sequence[Layer], inputs: Tensor) -> tuple[Tensor, list[Local]]:
     """:return: the last layer's output (n, h), and what the transposed Jacobian of each needs"""
     x, local = inputs, []
     for layer in layers:
@@ -85,13 +85,13 @@ def probed_squares(weight: Tensor, v: Tensor, layers: Sequence[Layer], local: Se
     :return: (R, n)
     """
     if len(layers) > 1:
-        return _of_layers(th.bmm(v, weight), layers, local)
+        return _squared_norms(th.bmm(v, weight), layers, local)
     layer = OneLayer.of(weight, local[0], layers[0].weight)
     own = layer.mixed(v.unsqueeze(1))  # (R, n)
     return layer.rr.T * (own - 2.0 * (v * layer.along_z).sum(-1) * (v * layer.along_b).sum(-1))
 
 
-def _of_layers(d: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
+def _squared_norms(d: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
     """Squared norms at the net's input of cotangents pulled back, one of each row and state at the last hidden layer's output.
 
     At the first layer, with y = d ⊙ slope and a = r²·⟨z, y⟩/h, the cotangent of the pre-activation is r·(y − a·z), and with
@@ -102,8 +102,7 @@ def _of_layers(d: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Te
     :param local: of each
     :return: (R, n)
     """
-    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
-        d = through_norm(d.unsqueeze(2), at).squeeze(2) @ layer.weight
+    d = pulled_to_first(d.unsqueeze(2), layers, local).squeeze(2)  # (R, n, h)
     at, gram = local[0], layers[0].weight @ layers[0].weight.T  # (h, h)
     y, gz, rr = d * at.slope, at.z @ gram, at.rms_inverse.square()  # (R, n, h), (n, h), (n, 1)
     along = th.stack([at.z, gz], -1)  # (n, h, 2)
@@ -146,11 +145,11 @@ def squared_gradient(layers: Sequence[Layer], weight: Tensor, inputs: Tensor, co
     :param cotangents: v, (n, O)
     :return: (n,), differentiable once, in every parameter, in the inputs and in v; autocast must be off
     """
-    _, local = _through(layers, inputs)
+    _, local = _forward_all(layers, inputs)
     d = cotangents @ weight  # (n, h)
     if not layers:
         return d.square().sum(-1)
-    return _of_layers(d.unsqueeze(0), layers, local).squeeze(0)
+    return _squared_norms(d.unsqueeze(0), layers, local).squeeze(0)
 
 
 def rademacher(shape: Sequence[int], device: th.device) -> Tensor:

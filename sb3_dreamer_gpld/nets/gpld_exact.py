@@ -12,7 +12,7 @@ import torch as th
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sb3_dreamer_gpld.nets.cotangents import Layer, Local, OneLayer, through_norm
+from sb3_dreamer_gpld.nets.cotangents import Layer, Local, OneLayer, pulled_to_first
 
 STRIP = 16  # units of a hidden layer whose products with the others are computed together
 
@@ -27,11 +27,11 @@ def exact_squares(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Seq
     :return: (R, n)
     """
     if len(layers) == 1:
-        return _of_one_layer(p, OneLayer.of(weight, local[0], layers[0].weight))
-    return _of_layers(weight, p, layers, local)
+        return _squares_of_one_layer(p, OneLayer.of(weight, local[0], layers[0].weight))
+    return _squares_of_layers(weight, p, layers, local)
 
 
-def _of_one_layer(p: Tensor, layer: OneLayer) -> Tensor:
+def _squares_of_one_layer(p: Tensor, layer: OneLayer) -> Tensor:
     """Two cotangents for each row instead of one for each class.
 
     Before the share of the mix, row c of J_i is p_c·(w_c − μ)ᵀ D with the layer's Jacobian D and μ = Σ_c p_c w_c, so
@@ -52,7 +52,7 @@ def _of_one_layer(p: Tensor, layer: OneLayer) -> Tensor:
     return layer.rr.T * ((squares * norms).sum(-1) + mixed - tau_z * mu_b - tau_b * mu_z)
 
 
-def _of_layers(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
+def _squares_of_layers(weight: Tensor, p: Tensor, layers: Sequence[Layer], local: Sequence[Local]) -> Tensor:
     """One cotangent for each class, for any number of layers.
 
     :param weight: (R, C, h)
@@ -76,8 +76,7 @@ def _inner_products(d: Tensor, layers: Sequence[Layer], local: Sequence[Local]) 
     :param local: of each
     :return: (R, n, q, q)
     """
-    for layer, at in zip(reversed(layers[1:]), reversed(local[1:]), strict=True):
-        d = through_norm(d, at) @ layer.weight
+    d = pulled_to_first(d, layers, local)  # (R, n or 1, q, h)
     at, gram = local[0], layers[0].weight @ layers[0].weight.T  # (h, h)
     y = d * at.slope.unsqueeze(1)  # (R, n, q, h)
     gy = y @ gram  # (R, n, q, h)

@@ -295,7 +295,7 @@ class ImageDecoder(nn.Module):
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """:param deter: (N, D)
-        :param stoch: (N, K·C)
+        :param stoch: (N, C·K)
         :return: image in (0, 1), (N, height, width, channels)
         """
         height, width, depth = self.grid

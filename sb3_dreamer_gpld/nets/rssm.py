@@ -1,4 +1,4 @@
-"""The recurrent state-space model: one step, a sequence of observations, an imagined rollout.
+"""The recurrent state-space model: one step of acting, a sequence of observations, one step or a rollout of the prior.
 
 Letters: B sequences, T steps, N states, H imagined steps, D deter, C classes, K rows, G blocks, A action
 numbers, h hidden units.
@@ -20,7 +20,7 @@ from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.nets.distributions import mode_one_hot, sample_one_hot, straight_through, uniform_mix
 from sb3_dreamer_gpld.nets.layers import BlockLinear, Head, NormedLinear, NormSiLU, at_least_float32, rms_norm_silu
 from sb3_dreamer_gpld.nets.steps import SteppedModule, compilable
-from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled, as_computed
+from sb3_dreamer_gpld.nets.unrolled import Affine, StepProducts, Unrolled, as_computed
 
 
 class States(NamedTuple):
@@ -48,7 +48,13 @@ class States(NamedTuple):
 class Products(NamedTuple):
     """One thing for each matrix product of a step: its weights, what is added, the product itself, or its inputs.
 
-    Whatever is made of a product has its name, so that no code depends on the products' order.
+    Whatever is made of a product has its name, so that no code depends on the products' order. The things are:
+
+    - lists of weights: :meth:`RSSM._core_weights`, :meth:`RSSM.imagination_weights`
+    - what is added, biases and the action's part: :meth:`RSSM._core_added`
+    - an :class:`Affine` for one step of acting or imagining: :meth:`RSSM._core_products`
+    - an :class:`Unrolled` for all steps of sequences: :meth:`RSSM._unrolled_products`
+    - :class:`StepProducts` for a few of these steps, and then the inputs that they were called with: ``RSSM._posterior_steps``
 
     :param deter_in, stoch_in: the hidden vectors of deter and stoch
     :param core: the core's pre-activation, of the hidden vectors and of each block's own part of deter
@@ -106,6 +112,12 @@ class RSSM(SteppedModule):
         """
         return self._rows(self.prior(deter))
 
+    def posterior_logits(self, inputs: Tensor) -> Tensor:
+        """:param inputs: [deter, tokens], (..., D + tokens)
+        :return: (..., C, K)
+        """
+        return self._rows(self.posterior(inputs))
+
     def observe(
         self, tokens: Tensor, actions: Tensor, is_first: Tensor, deter: Tensor, stoch: Tensor, noise: Tensor | None
     ) -> States:
@@ -146,7 +158,7 @@ class RSSM(SteppedModule):
         products = self._core_products(action * keep, self._core_weights())
 
         def logits_of(deter: Tensor) -> Tensor:
-            return self._rows(self.posterior(th.cat([deter, tokens], -1)))  # (N, C, K)
+            return self.posterior_logits(th.cat([deter, tokens], -1))  # (N, C, K)
 
         return self._next(deter * keep, stoch * keep, noise, products, logits_of)
 
@@ -178,7 +190,9 @@ class RSSM(SteppedModule):
     def imagine(
         self, deter: Tensor, stoch: Tensor, act: Callable[[Tensor, int], Tensor], noise: Tensor | None, horizon: int
     ) -> list[Tensor]:
-        """Rollouts of the prior. Where gradients are on, those of actions go on through straight-through samples.
+        """Rollouts of the prior, for measurements. Training's are made in ``ActorCritic.imagined_steps``.
+
+        Where gradients are on, those of actions go on through straight-through samples.
 
         :param deter: start, (N, D)
         :param stoch: start, (N, C, K)
@@ -208,17 +222,17 @@ class RSSM(SteppedModule):
         :param products: see :meth:`_unrolled_products`, with what is added at each of the steps
         :return: deter (B, D) and stoch (B, C·K) after the last step; the states; the inputs of the products at all steps
         """
-        running = products.each(Running)
-        logits_of = partial(self._posterior_logits, running)
+        running = products.each(StepProducts)
+        logits_of = partial(self._logits_of_products, running)
         steps: list[States] = []
         for t, kept in enumerate(keep.unbind(1)):
             draws = None if noise is None else noise[:, t]
             steps.append(self._next(deter * kept, stoch * kept, draws, running, logits_of))
             deter, stoch = steps[-1].deter, steps[-1].stoch.flatten(1)  # (B, D), (B, C·K)
         states = States(*(th.stack(parts, 1) for parts in zip(*steps, strict=True)))
-        return deter, stoch, states, running.each(Running.inputs)
+        return deter, stoch, states, running.each(StepProducts.inputs)
 
-    def _posterior_logits(self, products: Products, deter: Tensor) -> Tensor:
+    def _logits_of_products(self, products: Products, deter: Tensor) -> Tensor:
         """The posterior net of deter (B, D), with the products of :meth:`_unrolled_products`, (B, C, K)."""
         *layers, last = products.posterior
         x = deter
@@ -309,7 +323,7 @@ class RSSM(SteppedModule):
 
         :param deter: (N, D)
         :param stoch: (N, C·K)
-        :param products: deter_in, stoch_in, core and gates
+        :param products: deter_in, stoch_in, core and gates: an :class:`Affine` or :class:`StepProducts` each
         :return: next deter, (N, D)
         """
         blocks = self.config.blocks

@@ -42,7 +42,7 @@ class Affine(NamedTuple):
 
 
 class Unrolled:
-    """One :class:`Affine` at each of T steps. A :class:`Running` calls some of them, and :meth:`note` takes what it kept.
+    """One :class:`Affine` at each of T steps. A :class:`StepProducts` calls some of them, and :meth:`note` takes what it kept.
 
     :param added: of each step, for all states: (T, N, outputs), or (T, G, N, outputs)
     :param weights: as in :class:`Affine`
@@ -64,14 +64,14 @@ class Unrolled:
     def note(self, inputs: Sequence[Tensor]) -> None:
         """Keep the inputs of some steps, which the weights' gradients need.
 
-        :param inputs: :meth:`Running.inputs` of these steps, (steps, ...) each
+        :param inputs: :meth:`StepProducts.inputs` of these steps, (steps, ...) each
         """
         if th.is_grad_enabled():
             for all_inputs, x in zip(self.inputs, inputs, strict=True):
                 all_inputs.append(x.detach())
 
 
-class Running:
+class StepProducts:
     """The products of some steps, of which each call makes the next one and keeps what it was called with.
 
     :param product: with what is added at each of the steps, (steps, ...)

@@ -15,7 +15,7 @@ import torch as th
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sb3_dreamer_gpld.config import ModelConfig, ObservationSpec, PenaltyConfig
+from sb3_dreamer_gpld.config import ImageKey, ModelConfig, ObservationSpec, PenaltyConfig, VectorKey
 from sb3_dreamer_gpld.nets.distributions import categorical_kl, symexp, symlog, two_hot_bins, two_hot_loss, two_hot_mean
 from sb3_dreamer_gpld.nets.gpld import rademacher, row_penalty
 from sb3_dreamer_gpld.nets.layers import (
@@ -94,11 +94,13 @@ class Term(NamedTuple):
     :param value: before its weight, (B, T) or fewer steps, or a scalar; its mean counts
     :param weight: of the mean, a number or a scalar on the device
     :param logged_as: name in the log; "": as a loss
+    :param weight_logged_as: name of the weight in the log, where it is a scalar on the device; "": it is not logged
     """
 
     value: Tensor
     weight: float | Tensor
     logged_as: str = ""
+    weight_logged_as: str = ""
 
 
 class PenaltyWeights(NamedTuple):
@@ -180,7 +182,7 @@ class WorldModel(SteppedModule):
         """All that is normalised of vectors by key, (*batch, numbers)."""
         return th.cat([vectors[name].reshape(*batch, -1).to(self.bins.dtype) for name in self._box_sizes], -1)
 
-    def _by_key(self, numbers: Tensor) -> dict[str, Tensor]:
+    def _split_numbers(self, numbers: Tensor) -> dict[str, Tensor]:
         """:meth:`_numbers` (*batch, numbers) as vectors (*batch, size)."""
         return dict(zip(self._box_sizes, numbers.split(list(self._box_sizes.values()), -1), strict=True))
 
@@ -188,7 +190,7 @@ class WorldModel(SteppedModule):
         """Observations whose :meth:`targets` encoder and decoder have."""
         if self.normalizer is None:
             return observations
-        return {**observations, **self._by_key(self.normalizer(self._numbers(observations, batch)))}
+        return {**observations, **self._split_numbers(self.normalizer(self._numbers(observations, batch)))}
 
     def _in_own_units(self, vectors: list[Tensor]) -> list[Tensor]:
         """Vectors (*batch, size) that the decoder gave, in the form of :meth:`targets`."""
@@ -196,10 +198,10 @@ class WorldModel(SteppedModule):
             return vectors
         decoded = {key.name: x for key, x in zip(self.spec.vectors, vectors, strict=True)}
         numbers = self.normalizer.inverse(symexp(self._numbers(decoded, vectors[0].shape[:-1])))
-        return list({**decoded, **self._by_key(symlog(numbers))}.values())
+        return list({**decoded, **self._split_numbers(symlog(numbers))}.values())
 
     @th.no_grad()
-    def follow(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
+    def update_normalizer(self, observations: Mapping[str, Tensor], fault: Tensor) -> None:
         """Take replayed observations into the normaliser's statistics; call it after the update.
 
         :param observations: by key, (B, T, *shape)
@@ -289,7 +291,7 @@ class WorldModel(SteppedModule):
             for kind, weight in weights._asdict().items():
                 if weight is not None:
                     name = f"{kind}_penalty"
-                    losses[name] = Term(penalties[name], weight, f"gpld/{name}")
+                    losses[name] = Term(penalties[name], weight, f"gpld/{name}", f"gpld/{kind}_lambda")
         return losses, states
 
     @compilable
@@ -323,21 +325,22 @@ class WorldModel(SteppedModule):
         losses = self._divergences(states)
         features = states.features  # (B, T, D + C·K)
         heads = [self.reward, self.cont] + ([] if self.vector_decoder is None else [self.vector_decoder])
-        reward, cont, *decoded = apply_heads(heads, features)
+        reward, cont, *decoded = apply_heads(heads, features)  # (B, T, bins), (B, T, 1), (B, T, numbers of all vectors)
         losses["reward"] = Term(two_hot_loss(reward, [rewards], self.bins), config.reward_weight)
-        cont_target = (1.0 - is_terminal.to(features.dtype)) * gamma
+        cont_target = (1.0 - is_terminal.to(features.dtype)) * gamma  # (B, T)
         cont_loss = F.binary_cross_entropy_with_logits(cont.squeeze(-1), cont_target, reduction="none")
         losses["continue"] = Term(cont_loss, config.continue_weight)
         if decoded:
             for key, prediction, target in zip(self.spec.vectors, self._split_vectors(decoded[0]), vectors, strict=True):
                 error = vector_loss(prediction, target, key.nvec)
-                losses[f"reconstruction/{key.name}"] = Term(error, config.reconstruction_weight)
+                losses[reconstruction_of(key)] = Term(error, config.reconstruction_weight)
         if self.image_decoders:
             decoded_images = self._decode_images(states.deter, states.stoch.flatten(-2))
             for group, prediction, target in zip(self.spec.image_groups.values(), decoded_images, images, strict=True):
+                # Of each image (B, T, height, width, its channels)
                 errors = (prediction - target).square().split([image.channels for image in group], -1)
                 for image, error in zip(group, errors, strict=True):
-                    losses[f"reconstruction/{image.name}"] = Term(error.sum((-3, -2, -1)), config.reconstruction_weight)
+                    losses[reconstruction_of(image)] = Term(error.sum((-3, -2, -1)), config.reconstruction_weight)
         return losses
 
     def redundancy(self, features: Tensor, tokens: Tensor) -> Tensor:
@@ -372,7 +375,7 @@ class WorldModel(SteppedModule):
         """
         assert draws.states is not None
         losses = {}
-        posterior_inputs = th.cat([deter, tokens], -1)
+        posterior_inputs = th.cat([deter, tokens], -1)  # (B, T, D + tokens)
         for name, wanted, net, inputs, probes, rows in (
             ("posterior", posterior, self.rssm.posterior, posterior_inputs, draws.posterior_probes, draws.posterior_rows),
             ("prior", prior, self.rssm.prior, deter, draws.prior_probes, draws.prior_rows),
@@ -381,7 +384,7 @@ class WorldModel(SteppedModule):
                 at_states = head_penalty(
                     net, inputs.flatten(0, 1)[draws.states], self.config.classes, self.config.unimix, probes, rows
                 )  # (n,)
-                zeros = at_states.new_zeros(deter.shape[:2].numel())
+                zeros = at_states.new_zeros(deter.shape[:2].numel())  # (B·T,)
                 losses[f"{name}_penalty"] = zeros.index_put((draws.states,), at_states).view(deter.shape[:2])
         return losses
 
@@ -389,10 +392,15 @@ class WorldModel(SteppedModule):
         """KL losses, each summed over the rows, then clipped from below at the free nats."""
         posterior = self.rssm.probabilities(states.logits)  # (B, T, C, K)
         prior = self.rssm.probabilities(self.rssm.prior_logits(states.deter))  # (B, T, C, K)
-        dyn = categorical_kl(posterior.detach(), prior)
-        rep = categorical_kl(posterior, prior.detach())
+        dyn = categorical_kl(posterior.detach(), prior)  # (B, T)
+        rep = categorical_kl(posterior, prior.detach())  # (B, T)
         nats, config = self.config.free_nats, self.config
         return {"dyn": Term(dyn.clamp_min(nats), config.dyn_weight), "rep": Term(rep.clamp_min(nats), config.rep_weight)}
+
+
+def reconstruction_of(key: VectorKey | ImageKey) -> str:
+    """Name of an observation's reconstruction loss: that of a Box alone has no key."""
+    return f"reconstruction/{key.name}".rstrip("/")
 
 
 def head_penalty(

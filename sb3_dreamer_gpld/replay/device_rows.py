@@ -136,7 +136,7 @@ class DeviceRows(Rows):
         :raises MemoryError: the device has too little
         """
         if self._on_device is None:
-            memory = self._allocated()
+            memory = self._new_memory()
             if self._observations is not None and self._arrays is not None:
                 for key, array in self._observations.items():
                     self._load(array, memory.observations[key])
@@ -145,7 +145,7 @@ class DeviceRows(Rows):
             self._on_device, self._observations, self._arrays = memory, None, None
         return self._on_device
 
-    def _allocated(self) -> _Memory:
+    def _new_memory(self) -> _Memory:
         """Memory for the full capacity, zeros."""
         rows, columns, observations = self.capacity * self.n_envs, self.format.columns(), self.format.observations
         every = [*columns.values(), *observations.values()]
@@ -221,7 +221,7 @@ class DeviceRows(Rows):
         """:return: copy of some rows of an array, on the device; see :meth:`Rows.read`"""
         return self._use().arrays[name][at]
 
-    def read_indices(self, at: Any) -> Entries:
+    def read_stoch(self, at: Any) -> Entries:
         """:return: copy of "stoch" of some rows, int64, on the device; see :meth:`Rows.read`"""
         return self._use().arrays["stoch"][at].long()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sb3_dreamer_gpld.nets.rssm import States
-from sb3_dreamer_gpld.transfer import Arrays, to_host
+from sb3_dreamer_gpld.transfer import PendingArrays, to_host
 
 if TYPE_CHECKING:
     from sb3_dreamer_gpld.buffers import SequenceReplayBuffer, SequenceSamples
@@ -25,7 +25,7 @@ class _Newer(NamedTuple):
 
     envs: np.ndarray
     starts: np.ndarray
-    arrays: Arrays
+    arrays: PendingArrays
 
 
 class LatentRefresh:
@@ -62,4 +62,4 @@ class LatentRefresh:
 
     def _write(self, newer: _Newer | None) -> None:
         if newer is not None:
-            self.buffer.update_latents(newer.envs, newer.starts, *newer.arrays.arrays())
+            self.buffer.update_latents(newer.envs, newer.starts, *newer.arrays.wait())

@@ -238,7 +238,7 @@ class Rows:
         """
         return _flat(self.array(name))[at]
 
-    def read_indices(self, at: Any) -> Entries:
+    def read_stoch(self, at: Any) -> Entries:
         """:return: copy of "stoch" of some rows, int64; see :meth:`read`"""
         return _flat(self.array("stoch"))[at].astype(np.int64)
 
@@ -249,7 +249,7 @@ class Rows:
 
 def to_numpy(value: Entries) -> np.ndarray:
     """:return: a tensor or an array as an array; floating tensors become float32"""
-    return to_host(value).arrays()[0] if isinstance(value, th.Tensor) else np.asarray(value)
+    return to_host(value).wait()[0] if isinstance(value, th.Tensor) else np.asarray(value)
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ class Experiment(ExperimentManager):
     def create_log_folder(self) -> None:
         if self.logs:
             super().create_log_folder()
-        self.processes.sums([0.0])  # nobody goes on before it is there
+        self.processes.barrier()  # nobody goes on before it is there
 
     def create_callbacks(self) -> None:
         if self.processes.is_first:

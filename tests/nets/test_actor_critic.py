@@ -145,7 +145,7 @@ def test_gradients_are_on_again_after_an_error(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(case.actor_critic, "prediction_step", fail)
+    monkeypatch.setattr(case.actor_critic, "predictions_of", fail)
     with pytest.raises(RuntimeError, match="no"):
         case.loss(dynamics=1.0)
     assert all(p.requires_grad for p in case.world_model.parameters())

@@ -9,7 +9,7 @@ from torch import Tensor
 from sb3_dreamer_gpld.config import ModelConfig
 from sb3_dreamer_gpld.nets.rssm import RSSM, Products
 from sb3_dreamer_gpld.nets.steps import Runner
-from sb3_dreamer_gpld.nets.unrolled import Affine, Running, Unrolled
+from sb3_dreamer_gpld.nets.unrolled import Affine, StepProducts, Unrolled
 
 STEPS, ROWS, BLOCKS, SIZE, OTHERS = 7, 3, 2, 4, 5
 
@@ -39,7 +39,7 @@ def test_equals_plain_products(blocks: bool, together: int) -> None:
         product = Unrolled(added, weights, together)
         state = start
         for part, its_added in enumerate(added.split(together)):
-            running = Running(product.at(part))
+            running = StepProducts(product.at(part))
             for at_step in its_added:
                 state = th.tanh((running if unrolled else Affine(at_step, weights))(state, drive(state)))
             if unrolled:
@@ -62,7 +62,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     inputs = (start, drive(start))
     total = th.zeros((), dtype=th.float64)
     for t in range(STEPS):
-        running = Running(product.at(t))
+        running = StepProducts(product.at(t))
         total = total + running(*inputs).sum()
         product.note(running.inputs())
     total.backward()
@@ -76,7 +76,7 @@ def test_bfloat16_products_have_float32_gradients() -> None:
     x = th.randn(STEPS, ROWS, SIZE)
     with th.autocast("cpu", th.bfloat16):
         product = Unrolled(th.zeros(STEPS, ROWS, SIZE, requires_grad=True), [weight], together=STEPS)
-        running = Running(product.at(0))
+        running = StepProducts(product.at(0))
         outputs = [running(x[t]) for t in range(STEPS)]
         product.note(running.inputs())
     assert outputs[0].dtype == th.bfloat16
@@ -95,7 +95,7 @@ def test_nothing_is_kept_without_gradient() -> None:
 
 def test_running_product_keeps_what_it_was_called_with() -> None:
     th.manual_seed(0)
-    running = Running(Affine(th.randn(2, ROWS, SIZE), [th.randn(SIZE, SIZE), th.randn(OTHERS, SIZE)]))
+    running = StepProducts(Affine(th.randn(2, ROWS, SIZE), [th.randn(SIZE, SIZE), th.randn(OTHERS, SIZE)]))
     calls = [(th.randn(ROWS, SIZE).requires_grad_(), th.randn(ROWS, OTHERS)) for _ in range(2)]
     for t, inputs in enumerate(calls):
         assert th.equal(running(*inputs), Affine(running.added[t], running.weights)(*inputs))
