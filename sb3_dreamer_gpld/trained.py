@@ -15,7 +15,8 @@ from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.envs import ActionRepeat, registered
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
-FOLDER = Path(__file__).parents[1] / "trained_agents"
+FOLDER = Path(__file__).parents[1] / "trained_agents"  # where the package runs in a checkout
+PLACES = (FOLDER, Path(FOLDER.name))  # or the command is given in one
 LIST = "agents.yml"
 
 
@@ -57,16 +58,19 @@ class TrainedAgent(NamedTuple):
         return DreamerPolicy.load(self.file, device)
 
 
-def read_agents(folder: Path = FOLDER) -> dict[str, TrainedAgent]:
+def read_agents(folder: Path | None = None) -> dict[str, TrainedAgent]:
     """All agents of a folder, by name.
 
-    :param folder: with the policy files, and their list in ``agents.yml``
+    :param folder: with the policy files, and their list in ``agents.yml``; None: that of the repository, where the package or
+        the current folder is one
     :raises FileNotFoundError: there is no such list
     """
-    if not (folder / LIST).is_file():
+    places = PLACES if folder is None else (folder,)
+    folder = next((place for place in places if (place / LIST).is_file()), None)
+    if folder is None:
         raise FileNotFoundError(
-            f"There is no {LIST} in {folder}. The trained agents come with the repository and the source release, not with "
-            "the wheel: run this in one of these, or name a folder with them"
+            f"There is no {LIST} in {' or '.join(map(str, places))}. The trained agents come with the repository and the "
+            "source release, not with the wheel: run this in one of these, or name a file in a folder with them"
         )
     entries = yaml.safe_load((folder / LIST).read_text()) or {}
     return {name: TrainedAgent(name, folder / f"{name}.pt", **entry) for name, entry in entries.items()}
@@ -81,7 +85,7 @@ def find_agent(name: str) -> TrainedAgent:
     """
     path = Path(name)
     elsewhere = path.suffix == ".pt" or path.parent != Path()
-    agents = read_agents(path.parent if elsewhere else FOLDER)
+    agents = read_agents(path.parent if elsewhere else None)
     known = path.stem if elsewhere else name
     if known not in agents:
         raise ValueError(unknown_name("The trained agent", known, agents))

@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
@@ -79,6 +80,8 @@ def files(model: DreamerGPLD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     model.save(folder / "counter.zip")
     tiny(Counter(), seed=1).save(folder / "fresh.zip")
+    tiny(Counter(), policy_kwargs=dict(deter=48, stoch=3, classes=5)).save(folder / "larger.zip")
+    tiny(VecNormalize(DummyVecEnv([Counter]))).learn(10).save(folder / "normalized.zip")
     tiny(Pictures()).learn(30).save(folder / "pictures.zip")
     tiny(Pictures(), policy_kwargs=dict(reconstruction="redundancy")).learn(30).save(folder / "undecoded.zip")
     PPO("MlpPolicy", Counter(), n_steps=8, batch_size=8).save(folder / "ppo.zip")
@@ -475,6 +478,18 @@ def test_command_compares_two_models_and_repeats_itself(files: Path, tmp_path: P
     assert report["model"]["open_loop"]["windows"] == report["baseline"]["open_loop"]["windows"]  # the same windows
 
 
+def test_models_of_different_sizes(files: Path, tmp_path: Path) -> None:
+    """Each goes through the episodes of both with states of its own size."""
+    both = f"--model {files}/counter.zip --baseline {files}/larger.zip --env DiagnosticsCounter-v0"
+    assert diagnose(f"{both} --out {tmp_path}/out {FEW}") == 0
+    report = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
+    alone = f"--model {files}/larger.zip --baseline {files}/counter.zip --env DiagnosticsCounter-v0"
+    assert diagnose(f"{alone} --out {tmp_path}/turned {FEW}") == 0
+    turned = json.loads((tmp_path / "turned" / "diagnostics.json").read_text())
+    assert report["model"]["collected_returns"] == turned["baseline"]["collected_returns"]
+    assert report["model"]["open_loop"]["windows"] == report["baseline"]["open_loop"]["windows"]
+
+
 def test_arguments_of_the_environment(files: Path, tmp_path: Path) -> None:
     """Of the hyperparameter file, or those that are given in their place."""
     (tmp_path / "mine.yml").write_text("default: {env_kwargs: {max_episode_steps: 6}}\n")
@@ -545,6 +560,10 @@ def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
             "DiagnosticsCounter-v0 cannot be made: .*'size'",
         ),
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --env-kwargs size=3", "take name:value"),
+        (
+            "--model {files}/counter.zip --baseline {files}/normalized.zip --env DiagnosticsCounter-v0",
+            "--baseline .*normalized.zip was trained with VecNormalize",
+        ),
         ("--model {files}/counter.zip --env Pendulum-v1", "--model .*another environment than Pendulum-v1"),
         (
             "--model {files}/counter.zip --baseline {files}/pictures.zip --env DiagnosticsCounter-v0",

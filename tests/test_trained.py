@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from test_dreamer_gpld import tiny
 
-from sb3_dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld import DreamerGPLD, trained
 from sb3_dreamer_gpld.trained import FOLDER, LIST, find_agent, read_agents
 
 AGENTS = read_agents()
@@ -75,6 +75,13 @@ def test_wrong_names(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         find_agent(str(folder / "other.pt"))
     with pytest.raises(FileNotFoundError, match=f"no {LIST} in .*come with the repository"):
         find_agent(str(tmp_path_factory.mktemp("empty") / "beginner.pt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained, "PLACES", (tmp_path_factory.mktemp("no checkout"), Path("trained_agents")))
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        with pytest.raises(FileNotFoundError, match=f"no {LIST} in .* or trained_agents"):
+            find_agent("Pendulum-v1")
+        patch.chdir(FOLDER.parent)  # the package is installed, and the command given in a checkout
+        assert find_agent("Pendulum-v1").load().action_space.shape == (1,)
     (folder / "beginner.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match="beginner.pt is no file of DreamerPolicy.save"):
         find_agent(str(folder / "beginner.pt")).load()

@@ -42,6 +42,8 @@ def parse(args: list[str], *names: str) -> argparse.Namespace:
         "conf_file": (["-conf", "--conf-file"], {}),
         "hyperparams": (["-params", "--hyperparams"], dict(nargs="+", action=StoreDict)),
         "trained_agent": (["-i", "--trained-agent"], {}),
+        "n_timesteps": (["-n", "--n-timesteps"], dict(type=int, default=-1)),
+        "eval_freq": (["--eval-freq"], dict(type=int)),
         "env_kwargs": (["--env-kwargs"], dict(nargs="+", action=StoreDict)),
         "exp_id": (["--exp-id"], dict(type=int, default=0)),
         "load_best": (["--load-best"], dict(action="store_true")),

@@ -109,6 +109,12 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
     check_writable(options.out)
     files = {"model": options.model, **({"baseline": options.baseline} if options.baseline else {})}
     models = {name: _load(file, options.device) for name, file in files.items()}
+    for name, model in models.items():
+        if model._saw_normalized:
+            raise ValueError(
+                f"--{name} {files[name]} was trained with VecNormalize, whose statistics are not in it; allowed: models whose "
+                "environments do not normalise observations (normalize_vectors does that in the model)"
+            )
     if options.video:
         for model in models.values():
             image_key(model.policy, options.image)
@@ -191,6 +197,8 @@ def measure(model: DreamerGPLD, episodes: list[Batch], options: argparse.Namespa
     :raises EpisodesTooShort: there is no step to predict
     """
     policy, steps = model.policy, options.context + options.horizon
+    deter, stoch = policy.world_model.rssm.initial(1)  # the model that collected may have another size
+    episodes = [episode._replace(deter=deter, stoch=stoch) for episode in episodes]
     lengths = [episode.rewards.shape[1] for episode in episodes]
     possible = [(i, t) for i, length in enumerate(lengths) for t in range(length - options.context)]
     if not possible:

@@ -38,7 +38,7 @@ from sb3_dreamer_gpld import DreamerGPLD
 
 model = DreamerGPLD.load(load_from_hub("{repo_id}", "{model}"))
 ```
-
+{normalization}
 The agent is recurrent: hand the state that `predict` returns back to it.
 
 ## Training
@@ -51,6 +51,18 @@ The agent is recurrent: hand the state that `predict` returns back to it.
 {config}```
 
 {versions}
+"""
+
+
+_NORMALIZATION = """
+It was trained on normalised observations, so it must act on such:
+
+```python
+from stable_baselines3.common.vec_env import VecNormalize
+
+env = VecNormalize.load(load_from_hub("{repo_id}", "vec_normalize.pkl"), env)  # around a vectorised environment
+env.training = env.norm_reward = False
+```
 """
 
 
@@ -130,12 +142,14 @@ def write_model_card(folder: Path, run: Path, repo_id: str) -> None:
     results = json.loads((folder / "results.json").read_text())
     command = next(iter(run.glob("*/command.txt")), None)
     card = ModelCard.load(folder / "README.md")
+    normalized = (folder / "vec_normalize.pkl").exists()
     card.text = _CARD.format(
         env=env,
         results=results,
         actions="deterministic" if results["is_deterministic"] else "sampled",
         repo_id=repo_id,
         model=next(folder.glob("*-*.zip")).name,
+        normalization=_NORMALIZATION.format(repo_id=repo_id) if normalized else "",
         command=command.read_text().strip() if command else "not recorded",
         config=yaml.dump(dict(config)),
         versions=_versions(),

@@ -42,6 +42,9 @@ from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prep
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
 
+EVAL_FREQ = 25_000  # Inside rl_zoo3: environment steps between two evaluations, so that shorter runs would have none
+EVALUATIONS = 5  # of such a run
+
 TRAIN_OPTIONS = """Options of dreamer-gpld, beside those of rl_zoo3 below:
   --save-run STEPS      save the whole run, model and replay buffer, every STEPS environment steps
   --run-folder FOLDER   folder of the run; one that was saved there goes on
@@ -57,7 +60,7 @@ def _train(args: list[str], command: str = "train") -> None:
     folder, args = take(args, "--run-folder")
     every, args = take(args, "--save-run", type=int)
     if not asks_for_help(args):
-        args = _prepare_training(args)
+        args = _prepare_training(args, evaluates=command == "train")
         if every is not None and every < 1:
             fail(f"--save-run {every}: allowed are whole numbers of steps, at least 1")
     elif command == "train":
@@ -66,12 +69,14 @@ def _train(args: list[str], command: str = "train") -> None:
         train()
 
 
-def _prepare_training(args: list[str]) -> list[str]:
+def _prepare_training(args: list[str], evaluates: bool) -> list[str]:
     """Complete the arguments of a training run.
 
+    :param args: the command's arguments
+    :param evaluates: the agent is evaluated every ``--eval-freq`` steps
     :raises SystemExit: the environment, a file or a hyperparameter is wrong
     """
-    options = parse(args, "conf_file", "hyperparams", "trained_agent")
+    options = parse(args, "conf_file", "hyperparams", "trained_agent", "n_timesteps", "eval_freq")
     say_environment(options)
     prepare_environment(options.env, options.gym_packages, rendering=False)
     if options.trained_agent and not (options.trained_agent.endswith(".zip") and Path(options.trained_agent).is_file()):
@@ -85,6 +90,10 @@ def _prepare_training(args: list[str]) -> list[str]:
         problems = [f"{file}, {name}: {problem}" for problem in check_entry({**entry, **given})]
         if problems:
             fail("\n".join(problems) + ("\n(with -params: " + ", ".join(given) + ")" if given else ""))
+        steps = options.n_timesteps if options.n_timesteps > 0 else int({**entry, **given}["n_timesteps"])
+        if evaluates and options.eval_freq is None and steps < EVAL_FREQ:
+            args = [*args, "--eval-freq", str(max(1, steps // EVALUATIONS))]
+            print(f"--eval-freq was not given, so the agent is evaluated {EVALUATIONS} times, every {args[-1]} steps")
     return [*args, "--algo", NAME, "-conf", file]
 
 

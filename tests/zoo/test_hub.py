@@ -15,6 +15,8 @@ def test_push_to_hub_makes_the_files_without_network(
 ) -> None:
     import huggingface_hub
 
+    from sb3_dreamer_gpld.zoo import hub
+
     pytest.importorskip("moviepy")
     connections: list[Any] = []  # an error alone would be swallowed
 
@@ -37,6 +39,11 @@ def test_push_to_hub_makes_the_files_without_network(
     assert card.startswith("---\n") and "value: " in card
     for text in (f"{results['mean_reward']:.2f} ± ", "DreamerGPLD.load(", "train_ratio: 16", "| torch | "):
         assert text in card
+    assert "VecNormalize" not in card
+    (files / "vec_normalize.pkl").touch()
+    hub.write_model_card(files, next((trained / "logs" / "dreamer_gpld").glob("Pendulum-v1_*")), "me/agent")
+    card = (files / "README.md").read_text()
+    assert 'VecNormalize.load(load_from_hub("me/agent", "vec_normalize.pkl"), env)' in card
 
 
 def test_push_to_hub_sends_the_folder_with_our_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

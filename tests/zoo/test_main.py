@@ -99,8 +99,29 @@ def test_train_writes_the_files_of_rl_zoo3(trained: Path) -> None:
 
 def test_other_algorithms_keep_their_own_file(folder: Path) -> None:
     given = ["--env", "Pendulum-v1", "--algo", "sac"]
-    assert zoo._prepare_training(given) == given
-    assert zoo._prepare_training(["--env", "Pendulum-v1"])[-1] == str(arguments.CONFIGS / "dreamer_gpld.yml")
+    assert zoo._prepare_training(given, True) == given
+    assert zoo._prepare_training(["--env", "Pendulum-v1"], True)[-1] == str(arguments.CONFIGS / "dreamer_gpld.yml")
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        ("", "2400"),  # 12,000 steps
+        ("-n 1000", "200"),
+        ("-params n_timesteps:4", "1"),
+        ("-n 25000", None),
+        ("--eval-freq -1", "-1"),
+        ("--eval-freq 90000", "90000"),
+    ],
+)
+def test_a_short_run_is_evaluated(given: str, taken: str | None) -> None:
+    """rl_zoo3's default is longer than it, and would leave neither a best agent nor evaluations."""
+    assert f"default={zoo.EVAL_FREQ}," in inspect.getsource(rl_zoo3.train)
+    args = ["--env", "Pendulum-v1", "-conf", "dreamer_gpld_cpu.yml", *given.split()]
+    found = zoo._prepare_training(args, evaluates=True)
+    assert (found[found.index("--eval-freq") + 1] if "--eval-freq" in found else None) == taken
+    assert zoo._prepare_training(args, evaluates=False)[: len(args)] == args
+    assert found.count("--eval-freq") <= 1
 
 
 def test_a_run_without_a_model_names_one_that_has_it(folder: Path) -> None:
