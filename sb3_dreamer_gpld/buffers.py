@@ -383,7 +383,7 @@ class SequenceReplayBuffer(ReplayBuffer):
         :param envs: environments of the windows, (B,), as sampled
         :param starts: first trained rows of the windows, (B,), as sampled
         :param deter: deterministic states, (B, T, D)
-        :param stoch: class indices of the stochastic states, (B, T, K)
+        :param stoch: class indices of the stochastic states, (B, T, K); −1: the row has no latent from then on
         :raises ValueError: the shapes do not belong together
         """
         steps = deter.shape[1] if deter.ndim > 1 else 0

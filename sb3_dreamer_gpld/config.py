@@ -40,6 +40,7 @@ RECONSTRUCTIONS = ("decoder", "redundancy")
 
 IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples of ``depth``
 MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
+MOST_INTEGERS = 2.0**53  # that float64 tells apart
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = False) -> str:
@@ -443,14 +444,21 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
             # SB3 hands uint8 images over channels first. An image side has 16 pixels at least, so only a shape of three
             # such numbers leaves open which of them the channels are.
             ambiguous = min(space.shape) >= MIN_IMAGE_SIDE
-            first = (ambiguous and space.dtype == np.uint8) or is_image_space_channels_first(space)
+            first = (ambiguous and is_image_space(space)) or is_image_space_channels_first(space)
             channels, height, width = space.shape if first else (space.shape[2], *space.shape[:2])
             if min(height, width) < MIN_IMAGE_SIDE:
                 raise ValueError(
                     f"{where} is an image of {height}x{width} pixels; allowed: at least {MIN_IMAGE_SIDE} in both directions. "
                     "Enlarge it, or flatten it with gymnasium.wrappers.FlattenObservation"
                 )
-            return ImageKey(name, height, width, channels, first, 255.0 if space.dtype == np.uint8 else 1.0)
+            low, high = float(space.low.min()), float(space.high.max())
+            counted = space.dtype.kind in "iu"  # pixels are whole numbers
+            if low < 0.0 or not math.isfinite(high) or (high > 1.0 and not counted):
+                raise ValueError(
+                    f"{where} is an image of numbers from {low:g} to {high:g}; allowed: integers from 0 on, or floats from 0 "
+                    "to 1. Scale it, or flatten it with gymnasium.wrappers.FlattenObservation"
+                )
+            return ImageKey(name, height, width, channels, first, max(high, 1.0) if counted else 1.0)
         return VectorKey(name, space.shape)
     if isinstance(space, spaces.Discrete):
         return VectorKey(name, (), (int(space.n),), int(space.start))
@@ -489,12 +497,16 @@ class ActionSpec:
             raise ValueError(f"the action space {space} has no numbers in it; allowed: at least one")
         if isinstance(space, spaces.Box):
             with np.errstate(over="ignore", invalid="ignore"):
-                wide = ~np.isfinite(space.high - space.low)
+                if space.dtype.kind in "iu":
+                    wide = space.high.astype(np.float64) - space.low.astype(np.float64) > MOST_INTEGERS
+                else:
+                    wide = ~np.isfinite(space.high - space.low)
             if wide.any():
+                most = "float64 can tell apart" if space.dtype.kind in "iu" else f"{space.dtype} can hold"
                 raise ValueError(
-                    f"the action space reaches from {space.low[wide][0]} to {space.high[wide][0]}, which is more than "
-                    f"{space.dtype} can hold; allowed: finite bounds with a finite difference. Bound the actions, to [-1, 1] "
-                    "for instance, and scale them in the environment"
+                    f"the action space reaches from {space.low[wide][0]} to {space.high[wide][0]}, which is more than {most}; "
+                    "allowed: finite bounds with a finite difference. Bound the actions, to [-1, 1] for instance, and scale "
+                    "them in the environment"
                 )
             return cls(space.shape)
         if isinstance(space, spaces.Discrete):

@@ -43,6 +43,7 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig
 from sb3_dreamer_gpld.nets.actor_critic import Objective
+from sb3_dreamer_gpld.observations import with_last_observations
 from sb3_dreamer_gpld.pace import (
     Pace,
     UpdateRatio,
@@ -267,6 +268,8 @@ class DreamerGPLD(ResumableAlgorithm):
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
         self._penalty_waits: int | None = None  # the penalty_start that it was moved on to, which counts once
         self.update_ratio = UpdateRatio()
+        self._steps_without_credit = 0  # stored by a collection that goes on, of this process
+        self._saw_normalized = False  # observations of a VecNormalize, when it learned last
         self._state: RecurrentState | None = None
         self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
@@ -471,9 +474,20 @@ class DreamerGPLD(ResumableAlgorithm):
         assert isinstance(replay_buffer, SequenceReplayBuffer) and self._state is not None
         assert self._last_episode_starts is not None
         replay_buffer.stage(self._last_episode_starts, *self._latents)
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self.num_frames += sum(map(frames_of, infos)) * self.processes.size
+        # As in SB3, whose integers would be those of the normalised last observations. They are trained on here
+        normalize = self._vec_normalize_env
+        original, original_reward = new_obs, reward
+        if normalize is None:
+            self._last_original_obs = self._last_obs
+        else:
+            original, original_reward = normalize.get_original_obs(), normalize.get_original_reward()
+        following = with_last_observations(original, dones, infos, normalize)
+        assert self._last_original_obs is not None
+        replay_buffer.add(self._last_original_obs, following, buffer_action, original_reward, dones, infos)
+        self._last_obs, self._last_original_obs = new_obs, original
         self._last_episode_starts = dones  # SB3's off-policy code never updates it
+        self._steps_without_credit += len(dones)
+        self.num_frames += sum(map(frames_of, infos)) * self.processes.size
 
     # ------------------------------------------------------------------------------------------- learning
 
@@ -530,6 +544,7 @@ class DreamerGPLD(ResumableAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
+        self._saw_normalized = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
@@ -545,6 +560,7 @@ class DreamerGPLD(ResumableAlgorithm):
                     replay_buffer=self.replay_buffer,
                     log_interval=log_interval,
                 )
+            self._steps_without_credit = 0
             if not self._all_go_on(rollout.continue_training):
                 if not rollout.continue_training:
                     self._keep_last_step(callback)
@@ -567,10 +583,12 @@ class DreamerGPLD(ResumableAlgorithm):
     @contextlib.contextmanager
     def _beginning_anew_after_errors(self) -> Iterator[None]:
         """An error while collecting, Ctrl-C included, ends the episodes: environments and recurrent state may be a step ahead
-        of the last observations and of the replay buffer."""
+        of the last observations and of the replay buffer. The updates that are due after what was stored come later."""
         try:
             yield
         except BaseException:
+            self.update_ratio.credit += self._credit_of_steps()
+            self._steps_without_credit = 0
             self._last_obs = None
             if self._exploration is not None:
                 self._exploration.reset()
@@ -605,6 +623,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _keep_due_updates(self, steps: int) -> None:
         """The updates that are due after ``steps`` environment steps are made when the run goes on."""
+        self._steps_without_credit = 0
         if self.gradient_steps is None and self._can_update():
             self.update_ratio.add(steps * self.processes.size, self.train_ratio)
 
@@ -636,15 +655,23 @@ class DreamerGPLD(ResumableAlgorithm):
             # The exact norm's strips would be as many kernels, and its products are as fast uncompiled.
             execution.compile(leave_out=("penalty_losses",) if self.penalty_estimator == "exact" else ())
 
+    def _credit_of_steps(self) -> float:
+        """Replayed steps that are due after what a collection has stored so far."""
+        # Several processes collect single steps only, and may not exchange anything where one of them failed
+        counts = self._steps_without_credit and self.gradient_steps is None and self.processes.size == 1
+        return self._steps_without_credit * self.train_ratio if counts and self._can_update() else 0.0
+
     def _can_update(self) -> bool:
         """Whether enough is stored to learn from, in all processes together."""
         assert self.replay_buffer is not None
         stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
         if stored <= rows_before_updates(self):
             return False
-        if self.gradient_steps is not None:
-            return self.num_timesteps > self.learning_starts
-        return ready == self.processes.size
+        all_ready = ready == self.processes.size
+        if self.gradient_steps is None:
+            return all_ready
+        # Windows that still grow would be of different lengths in different processes
+        return self.num_timesteps > self.learning_starts and (all_ready or self.processes.size == 1)
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
@@ -667,7 +694,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
         :param gradient_steps: updates
         :param batch_size: windows in each
-        :raises FloatingPointError: a loss is not finite; the parameters are left as they are
+        :raises FloatingPointError: a loss is not finite; the parameters are left as they are, by LaProp
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
@@ -675,7 +702,8 @@ class DreamerGPLD(ResumableAlgorithm):
         learner = self.learner
         learner.config = self._learner_config()
         learner.faults.clear()
-        rates = [schedule(self._current_progress_remaining) for schedule in self._lr_schedules]
+        left = max(0.0, self._current_progress_remaining)  # the last episode may end behind the run's end
+        rates = [schedule(left) for schedule in self._lr_schedules]
         refresh = LatentRefresh(self.replay_buffer, late=self.device.type != "cpu")
         # With gradient_steps updates begin on windows that still grow: each length would be compiled by itself
         whole = self.replay_buffer.has_window()
@@ -734,6 +762,7 @@ class DreamerGPLD(ResumableAlgorithm):
             "_lr_schedules",
             "learner",
             "update_ratio",
+            "_steps_without_credit",
             "_update_seconds",
             "_logged_at",
             "_logged_step",
@@ -741,7 +770,8 @@ class DreamerGPLD(ResumableAlgorithm):
         return [*super()._excluded_save_params(), *own]
 
     def _run_state(self) -> dict[str, Any]:
-        own = {"_update_credit": self.update_ratio.credit, "_noise_episodes": episodes_of(self._exploration)}
+        credit = self.update_ratio.credit + self._credit_of_steps()
+        own = {"_update_credit": credit, "_noise_episodes": episodes_of(self._exploration)}
         return {**super()._run_state(), **own}
 
     def _take_over(self, state: dict[str, Any]) -> None:

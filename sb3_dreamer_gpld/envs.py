@@ -35,9 +35,10 @@ def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
     while isinstance(layer, gym.Wrapper):
         repeat *= layer.repeat if isinstance(layer, ActionRepeat) else 1
         layer = layer.env
-    if hasattr(layer, "control_timestep"):
-        return 1 / (layer.control_timestep() * repeat)
-    return env.metadata.get("render_fps")
+    timestep = getattr(layer, "control_timestep", None)
+    if callable(timestep):  # elsewhere it may be a number
+        return 1 / (timestep() * repeat)
+    return (env.metadata or {}).get("render_fps")
 
 
 def frames_of(info: Mapping[str, Any]) -> int:
@@ -69,7 +70,7 @@ class ActionRepeat(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         rate = steps_per_second(env)
         if rate:
             # One rendered picture per action: a video at this rate runs at the speed of the wrapped environment.
-            self.metadata = {**env.metadata, "render_fps": rate / self.repeat}
+            self.metadata = {**(env.metadata or {}), "render_fps": rate / self.repeat}
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Apply ``action`` up to ``repeat`` times.

@@ -47,7 +47,10 @@ def has_fast_bfloat16(device: th.device) -> bool:
     if device.type == "cuda":
         return th.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        has = th.cpu.get_capabilities()
+        capabilities = getattr(th.cpu, "get_capabilities", None)
+        if capabilities is None:  # PyTorch 2.10 and older cannot tell
+            return False
+        has = capabilities()
         made_by_amd = has.get("sse4a", False)  # SSE4a is AMD's alone
         return has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and made_by_amd)
     return False

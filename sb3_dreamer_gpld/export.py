@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sb3_dreamer_gpld.config import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
-from sb3_dreamer_gpld.observations import like_space, spaces_by_key
+from sb3_dreamer_gpld.observations import ONLY_KEY, like_space, spaces_by_key
 from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
 from sb3_dreamer_gpld.saving import atomic_file
 
@@ -45,8 +45,11 @@ class ActingStep(nn.Module):
         space = policy.action_space
         self.dtype = th.as_tensor(np.zeros((), space.dtype)).dtype
         if isinstance(space, spaces.Box):
-            self.register_buffer("low", th.as_tensor(space.low))
-            self.register_buffer("high", th.as_tensor(space.high))
+            self.rounds = space.dtype.kind in "iu"
+            bounds = (space.low, space.high)
+            low, high = (x.astype(np.float64) for x in bounds) if self.rounds else bounds
+            self.register_buffer("low", th.as_tensor(low))
+            self.register_buffer("high", th.as_tensor(high))
 
     def forward(
         self, observation: Tensor | dict[str, Tensor], state: tuple[Tensor, Tensor, Tensor], episode_start: Tensor
@@ -65,19 +68,22 @@ class ActingStep(nn.Module):
         spec = self.policy.action_spec
         if spec.nvec is not None:
             return (decode_categories(action, spec.nvec) + spec.offset).view(-1, *spec.shape).to(self.dtype)
-        half = (0.5 * (action + 1.0)).view(-1, *spec.shape).to(th.promote_types(action.dtype, self.dtype))
-        unscaled = (self.low + half * (self.high - self.low)).to(self.dtype)
-        return th.clamp(unscaled, self.low, self.high)
+        half = (0.5 * (action + 1.0)).view(-1, *spec.shape).to(th.promote_types(action.dtype, self.low.dtype))
+        unscaled = self.low + half * (self.high - self.low)
+        if self.rounds:
+            return th.clamp(unscaled.round(), self.low, self.high).to(self.dtype)
+        return th.clamp(unscaled.to(self.dtype), self.low, self.high)
 
 
 def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[str], format: str | None = None) -> Path:
     """Write the acting step as a program for use where only PyTorch, or only an ONNX runtime, is installed.
 
     The program is deterministic, runs on the processor, and takes any number of environments at a time. It acts with the
-    policy net, also where the model has a planner. Observations are
-    not normalised in it: with VecNormalize, give it normalised ones. Images are laid out as in ``model.observation_space``,
-    that is with channels first. Beside the program, the file holds ``policy.json``: shapes and dtypes of the observations
-    ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions, all for one environment.
+    policy net, also where the model has a planner. Observations are not normalised in it: with VecNormalize, give it
+    normalised ones, which are float32 also where the space has integers. Images are laid out as in
+    ``model.observation_space``, that is with channels first. Beside the program, the file holds ``policy.json``: shapes and
+    dtypes of the observations ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions,
+    all for one environment.
 
     A ``torch.export`` program::
 
@@ -135,6 +141,8 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
     if write is _write_onnx:
         _require_onnx()
     policy = _plain_copy(model.policy if isinstance(model, DreamerGPLD) else model)
+    if isinstance(model, DreamerGPLD) and model._saw_normalized:
+        policy.observation_space = _normalized(policy)
     program = th.export.export(ActingStep(policy), _example(policy), dynamic_shapes=_dynamic_shapes(policy), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
@@ -186,6 +194,18 @@ def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:
     copy.load_state_dict(policy.state_dict())
     copy.set_training_mode(False)
     return copy.requires_grad_(False)
+
+
+def _normalized(policy: DreamerPolicy) -> spaces.Space:
+    """The observation space with the numbers that VecNormalize makes of its vectors' integers."""
+    vectors = {key.name for key in policy.observation_spec.vectors if key.nvec is None}
+    made = {
+        name: spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+        if name in vectors and np.dtype(space.dtype).kind in "iu"
+        else space
+        for name, space in spaces_by_key(policy.observation_space).items()
+    }
+    return spaces.Dict(made) if isinstance(policy.observation_space, spaces.Dict) else made[ONLY_KEY]
 
 
 def _observation_spaces(policy: DreamerPolicy) -> dict[str, spaces.Space]:

@@ -122,7 +122,7 @@ class Learner:
         policy.world_model.gather = processes.gather_with_gradient
         self.execution = Execution(policy, policy.device)
         self.metrics = MetricMeans()
-        self.faults = FiniteGuard()
+        self.faults = FiniteGuard(isinstance(policy.optimizer, LaProp))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "execution"}
@@ -290,9 +290,13 @@ class MetricMeans:
 
 
 class FiniteGuard:
-    """Finds updates whose losses or gradient are not finite, without waiting for the device."""
+    """Finds updates whose losses or gradient are not finite, without waiting for the device.
 
-    def __init__(self) -> None:
+    :param kept: whether the optimiser leaves the parameters as they were then
+    """
+
+    def __init__(self, kept: bool = True) -> None:
+        self.kept = kept
         # Of each update since the last look: its number, what was looked at, and flags of what was not finite
         self._seen: list[tuple[int, tuple[str, ...], Tensor]] = []
 
@@ -322,8 +326,9 @@ class FiniteGuard:
                 *losses, gradient = names
                 bad = [name for name, flag in zip(losses, flags.tolist(), strict=False) if flag]
                 what = f"the losses {', '.join(bad)}" if bad else gradient
+                left = "the parameters were not changed" if self.kept else "the optimiser went on with its momentum alone"
                 raise FloatingPointError(
-                    f"Update {number}: {what} became not finite; the parameters were not changed. "
+                    f"Update {number}: {what} became not finite; {left}. "
                     "Look for extreme rewards or observations, or lower the learning rate"
                 )
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecNormalize
 
 # The key of an observation whose space is no Dict
 ONLY_KEY = ""
@@ -23,6 +27,46 @@ def spaces_by_key(space: spaces.Space[Any]) -> dict[str, spaces.Space[Any]]:
 def like_space(entries: dict[str, Any], space: spaces.Space[Any]) -> Any:
     """:return: entries by key in the form that the space's observations have, the reverse of :func:`by_key`"""
     return entries if isinstance(space, spaces.Dict) else entries[ONLY_KEY]
+
+
+def with_boxes(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """:return: a space of the same shapes, with a Box for each MultiDiscrete of several dimensions, which SB3 takes
+    for one of a single dimension
+    """
+
+    def box(entry: spaces.Space[Any]) -> spaces.Space[Any]:
+        if isinstance(entry, spaces.MultiDiscrete) and len(entry.shape) > 1:
+            return spaces.Box(np.zeros(entry.shape, np.int64), entry.nvec.astype(np.int64) - 1, dtype=np.int64)
+        return entry
+
+    return spaces.Dict({key: box(entry) for key, entry in space.items()}) if isinstance(space, spaces.Dict) else box(space)
+
+
+def with_last_observations(
+    new_obs: Any, dones: np.ndarray, infos: Sequence[dict[str, Any]], normalize: VecNormalize | None
+) -> Any:
+    """A copy of what E environments gave, with the last observations of episodes in place of the first ones of the next.
+
+    :param new_obs: not normalised, (E, *shape), by key if the space is a Dict
+    :param dones: where an episode has ended, bool (E,)
+    :param infos: with "terminal_observation" there
+    :param normalize: has normalised those, if it is there. What was an integer is rounded to one again
+    :return: in the form of ``new_obs``
+    """
+    following = deepcopy(new_obs)
+    for i in map(int, np.flatnonzero(dones)):
+        last = infos[i].get("terminal_observation")
+        if last is None:
+            continue
+        if normalize is not None:
+            last = normalize.unnormalize_obs(last)
+        for key, entries in by_key(following).items():
+            value = np.asarray(by_key(last)[key])
+            if normalize is not None and entries.dtype.kind in "iu":
+                limits = np.iinfo(entries.dtype)
+                value = np.rint(value).clip(limits.min, limits.max)
+            entries[i] = value
+    return following
 
 
 def called(kind: str, key: str) -> str:

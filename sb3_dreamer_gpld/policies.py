@@ -30,7 +30,7 @@ from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.nets.spectral import normalize_spectrally
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
-from sb3_dreamer_gpld.observations import by_key, like_space
+from sb3_dreamer_gpld.observations import by_key, like_space, with_boxes
 from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.planning import Planner, PlannerConfig
 from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_version, plain_to_space, space_to_plain, without_numpy
@@ -112,6 +112,7 @@ class DreamerPolicy(BasePolicy):
             squash_output=isinstance(action_space, spaces.Box),
         )
         self.model_size, self.net_arch, self.sizes = model_size, net_arch, sizes
+        self._space_of_shapes = with_boxes(observation_space)
         self.observation_spec = ObservationSpec.from_space(observation_space, normalize_images)
         self.action_spec = ActionSpec.from_space(action_space)
         self.config = self._make_config()
@@ -224,7 +225,7 @@ class DreamerPolicy(BasePolicy):
             empty = {name for name, space in self.observation_space.items() if 0 in (space.shape or ())}
             observation = {name: value for name, value in observation.items() if name not in empty}
         # SB3 looks at nothing else of a policy, and would make the host wait for a copy of each key
-        host = SimpleNamespace(observation_space=self.observation_space, device=th.device("cpu"))
+        host = SimpleNamespace(observation_space=self._space_of_shapes, device=th.device("cpu"))
         tensors, vectorized = BasePolicy.obs_to_tensor(host, observation)  # type: ignore[arg-type]
         moved = {key: to_device(tensor, self.device) for key, tensor in by_key(tensors).items()}
         return like_space(moved, self.observation_space), vectorized
@@ -370,7 +371,12 @@ class DreamerPolicy(BasePolicy):
             return index.view(-1, *self.action_spec.shape).cpu().numpy().astype(self.action_space.dtype)
         assert isinstance(self.action_space, spaces.Box)
         scaled = action.view(-1, *self.action_spec.shape).cpu().numpy()
-        unscaled = np.asarray(self.unscale_action(scaled)).astype(self.action_space.dtype)
+        low, high, dtype = self.action_space.low, self.action_space.high, self.action_space.dtype
+        if dtype.kind in "iu":  # the nearest integer, by numbers in which no difference overflows
+            low, high = low.astype(np.float64), high.astype(np.float64)
+            unscaled = np.rint(low + 0.5 * (scaled + 1.0) * (high - low)).astype(dtype)
+        else:
+            unscaled = np.asarray(self.unscale_action(scaled)).astype(dtype)
         # Cast, then clip: a bound rounded to float32 can lie outside a float64 space.
         return np.clip(unscaled, self.action_space.low, self.action_space.high)
 

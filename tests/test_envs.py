@@ -194,6 +194,8 @@ def test_speed_of_other_environments_is_what_they_say() -> None:
     silent = Counter()
     silent.metadata = {}
     assert steps_per_second(silent) is None and "render_fps" not in ActionRepeat(silent, 2).metadata
+    silent.metadata, silent.control_timestep = None, 0.05  # type: ignore[assignment, attr-defined]  # as robosuite has it
+    assert steps_per_second(silent) is None and ActionRepeat(silent, 2).metadata is None
 
 
 @pytest.mark.usefixtures("dm_control")

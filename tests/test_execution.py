@@ -136,6 +136,8 @@ def test_precision(capabilities: dict[str, bool], dtype: th.dtype, monkeypatch: 
     assert execution.resolve_precision("auto", cpu) == dtype
     assert execution.resolve_precision("float32", cpu) == th.float32
     assert execution.resolve_precision("bfloat16", cpu) == th.bfloat16
+    monkeypatch.delattr(th.cpu, "get_capabilities")  # PyTorch 2.8 to 2.10
+    assert execution.resolve_precision("auto", cpu) == th.float32
 
 
 def test_update_never_waits_for_the_device() -> None:

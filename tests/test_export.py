@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import BOX, RandomSpaces, policy_for, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
@@ -39,6 +39,7 @@ CASES: dict[str, tuple[spaces.Space, spaces.Space]] = {
         spaces.MultiDiscrete([3, 2]),
     ),
     "discrete, multi-binary": (spaces.Discrete(5), spaces.MultiBinary(3)),
+    "vector, integers": (BOX, spaces.Box(np.array([-100, 0]), np.array([100, 100_000]), dtype=np.int64)),
 }
 
 
@@ -60,7 +61,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     return program.module(), json.loads(files["policy.json"])
 
 
-SHORT = ("vector, box", "dict, multi-discrete")  # each export takes some seconds
+SHORT = ("vector, box", "dict, multi-discrete", "vector, integers")  # each export takes some seconds
 
 
 @pytest.mark.parametrize("name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in CASES])
@@ -97,6 +98,19 @@ def test_same_actions_over_episodes_with_resets(name: str, tmp_path: Path) -> No
                 done = np.arange(n) % 2 == 0  # one more reset, of some environments only
             if name == "image, 2-d box":
                 observation = np.moveaxis(observation, -1, 1)  # type: ignore[arg-type]
+
+
+def test_normalised_integers_go_in_as_floats(tmp_path: Path) -> None:
+    env = VecNormalize(DummyVecEnv([lambda: RandomSpaces(spaces.Box(0, 50, (3,), np.int64), BOX)]))
+    model = tiny(env, "MlpPolicy").learn(45)
+    step, metadata = load(export_policy(model, tmp_path / "policy"))
+    assert metadata["observation"][""] == {"shape": [3], "dtype": "float32"}
+    observation = env.reset()
+    memory = tuple(th.zeros(1, *shape) for shape in metadata["state"].values())
+    action, _ = step(th.as_tensor(observation), memory, th.tensor([True]))
+    expected, _ = model.predict(observation, deterministic=True)
+    np.testing.assert_allclose(action.numpy(), expected, atol=1e-5)
+    assert model.observation_space == spaces.Box(0, 50, (3,), np.int64)
 
 
 def test_the_actions_of_this_test_differ() -> None:

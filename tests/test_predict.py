@@ -288,6 +288,9 @@ ACTIONS = {
     "float64, huge": spaces.Box(-1e10, 1e10, (2,), np.float64),
     "0-d": spaces.Box(-2.0, 3.0, (), np.float64),
     "2-d": spaces.Box(-2.0, 3.0, (2, 3)),
+    "int8, wider than its positive half": spaces.Box(-100, 100, (3,), np.int8),
+    "int32, all": spaces.Box(np.iinfo(np.int32).min, np.iinfo(np.int32).max, (2,), np.int32),
+    "uint8": spaces.Box(0, 10, (2,), np.uint8),
     "discrete": spaces.Discrete(3, start=-7),
     "multi-discrete": spaces.MultiDiscrete([2, 3, 7]),
     "multi-binary": spaces.MultiBinary(5),
@@ -312,7 +315,22 @@ def test_actions_are_in_the_space(name: str, bias: float) -> None:
             assert space.contains(np.asarray(action) if isinstance(space, spaces.Box) else action), action
         if deterministic and bias and isinstance(space, spaces.Box):
             bound = space.high if bias > 0 else space.low
-            np.testing.assert_allclose((single - bound) / (space.high - space.low), 0.0, atol=1e-6)
+            width = space.high.astype(float) - space.low
+            np.testing.assert_allclose((single.astype(float) - bound) / width, 0.0, atol=1e-6)
+
+
+def test_integers_are_the_nearest_ones() -> None:
+    policy = tiny(RandomSpaces(BOX, spaces.Box(np.array([-1, 0, -100]), np.array([1, 10, 100]), dtype=np.int8))).policy
+    numbers = th.tensor([[-0.6, -0.96, -0.6], [-0.4, -0.84, 0.003], [0.6, 0.99, 0.996]])
+    assert policy.to_env_action(numbers).tolist() == [[-1, 0, -60], [0, 1, 0], [1, 10, 100]]
+
+
+@pytest.mark.parametrize("board", [spaces.MultiDiscrete(np.full((3, 3), 3)), spaces.MultiDiscrete([[2, 3, 4], [5, 2, 3]])])
+def test_a_single_observation_of_two_dimensions_is_one(board: spaces.MultiDiscrete) -> None:
+    model = tiny(RandomSpaces(board, BOX))
+    one, _ = model.predict(board.sample(), deterministic=True)
+    two, _ = model.predict(np.stack([board.sample(), board.sample()]), deterministic=True)
+    assert one.shape == BOX.shape and two.shape == (2, *BOX.shape)
 
 
 def test_images_are_taken_in_both_layouts() -> None:

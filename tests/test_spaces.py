@@ -101,6 +101,23 @@ def test_normalised_float_images(space: spaces.Box, tmp_path: Path) -> None:
     assert key.scale == 1.0 and key.channels == min(space.shape)
 
 
+def test_masks_have_their_own_scale(tmp_path: Path) -> None:
+    """Integers that end below 255 fill [0, 1] as well; Stable-Baselines3 leaves their layout as it is."""
+    model = check(
+        RandomSpaces(spaces.Box(0, 1, (18, 17, 16), np.uint8), BOX), tmp_path, policy_kwargs=dict(normalize_images=False)
+    )
+    (key,) = model.policy.observation_spec.images
+    assert key.scale == 1.0 and (key.channels, key.height, key.width) == (16, 18, 17)
+    (targets,) = model.policy.world_model.targets({"": th.ones(1, 18, 17, 16, dtype=th.uint8)}, [1])[1]
+    assert th.equal(targets, th.ones(1, 18, 17, 16))
+
+
+@pytest.mark.parametrize("low, high, dtype", [(-1, 1, np.float32), (0, 255, np.float32), (-np.inf, np.inf, np.float32)])
+def test_images_of_other_floats_are_refused(low: float, high: float, dtype: type) -> None:
+    with pytest.raises(ValueError, match="is an image of numbers from .*; allowed: .* floats from 0 to 1"):
+        tiny(RandomSpaces(spaces.Box(low, high, (16, 16, 3), dtype), BOX), policy_kwargs=dict(normalize_images=False))
+
+
 def test_float_images_in_a_dict_with_vectors(tmp_path: Path) -> None:
     space = spaces.Dict({"camera": floats(3, 16, 20), "x": BOX, "height": spaces.Box(-np.inf, np.inf, (), np.float64)})
     model = check(RandomSpaces(space, BOX), tmp_path, steps=22, policy_kwargs=dict(normalize_images=False))
@@ -239,6 +256,32 @@ def test_the_number_of_environments_may_change_on_loading(before: int, after: in
     assert loaded.replay_buffer is not None and loaded.replay_buffer.observations.shape[1] == after  # type: ignore[union-attr]
 
 
+class Counting(RandomSpaces):
+    """Its observations are the number of the step."""
+
+    def observation(self) -> Any:
+        return np.full(self.observation_space.shape, 100 + self.steps, self.observation_space.dtype)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        _, info = super().reset(**kwargs)
+        return self.observation(), info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        _, *others = super().step(action)
+        return self.observation(), *others  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("shape, dtype", [((2,), np.int64), ((2,), np.uint8), ((), np.int32), ((), np.float64)])
+def test_last_observations_are_those_of_the_environment(shape: tuple[int, ...], dtype: type) -> None:
+    """Also of integers, which VecNormalize makes floats of, and of single numbers."""
+    env = DummyVecEnv([lambda: Counting(spaces.Box(0, 255, shape, dtype), BOX, terminates=True)] * 2)
+    model = tiny(VecNormalize(env), **FEW).learn(60)
+    assert model.replay_buffer is not None
+    samples = model.replay_buffer.sample(20)
+    last = samples.observations[samples.is_last]  # type: ignore[index]
+    assert len(last) and th.equal(last.double().round(), th.full_like(last, 107).double())
+
+
 def test_normalisation_is_stored_apart(tmp_path: Path) -> None:
     """The buffer keeps what the environment gave; the nets see it normalised, as in collecting."""
     env = VecNormalize(make_vec_env(lambda: RandomSpaces(spaces.Box(99.0, 101.0, (3,)), BOX), 2, seed=0))
@@ -323,6 +366,12 @@ def test_actions_that_reach_too_far_are_refused(dtype: type) -> None:
     largest = LARGEST[dtype]
     with pytest.raises(ValueError, match="the action space reaches from .* allowed: finite bounds with a finite difference"):
         tiny(RandomSpaces(BOX, spaces.Box(np.array([-1, -largest], dtype), np.array([1, largest], dtype), dtype=dtype)))
+
+
+def test_integer_actions_that_reach_too_far_are_refused() -> None:
+    """Unbounded ones, for instance: float64 does not tell their neighbours apart."""
+    with pytest.raises(ValueError, match="which is more than float64 can tell apart; allowed: finite bounds"):
+        tiny(RandomSpaces(BOX, spaces.Box(-np.inf, np.inf, (2,), np.int64)))
 
 
 def test_wide_actions_are_finite() -> None:

@@ -26,6 +26,7 @@ from sb3_dreamer_gpld.exploration import RETURN_RATE, correlated_noise, episodes
 from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.pace import updates_per_step
+from sb3_dreamer_gpld.parallel import Processes
 
 
 def batches_of(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Draws]]:
@@ -159,6 +160,74 @@ def test_a_failed_update_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyP
         model.train(1, 4)
     for name, value in model.policy.state_dict().items():
         assert th.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_a_failed_update_leaves_no_latents_that_are_not_finite(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Pendulum-v1", replay_buffer_kwargs={"storage": storage}).learn(80)
+    assert model.replay_buffer is not None
+    with monkeypatch.context() as patch:
+        encode = model.policy.world_model.encoder.forward
+        patch.setattr(model.policy.world_model.encoder, "forward", lambda *args: encode(*args).mul_(th.nan))
+        with pytest.raises(FloatingPointError, match="the parameters were not changed"):
+            model.train(1, 64)
+    for _ in range(20):
+        samples = model.replay_buffer.sample(16)
+        assert samples.deter.isfinite().all()
+    model.train(20, 16)
+
+
+def test_what_another_optimiser_does_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Pendulum-v1", policy_kwargs={"optimizer_class": th.optim.AdamW}).learn(40)
+    monkeypatch.setattr(model.policy.world_model, "predict_reward", lambda outputs: outputs[..., 0] * th.nan)
+    with pytest.raises(FloatingPointError, match="became not finite; the optimiser went on with its momentum alone"):
+        model.train(1, 4)
+
+
+def test_the_learning_rate_ends_at_0() -> None:
+    """The last episode ends behind the run's end, where the share that is left would be negative."""
+    model = tiny(
+        "Pendulum-v1", train_freq=(1, "episode"), learning_rate=lambda left: 1e-3 * left, learning_rate_warmup=0, train_ratio=8
+    )
+    model.learn(210)  # two episodes of 200 steps
+    assert model.num_timesteps == 400 and model._current_progress_remaining < 0 < model._n_updates
+    assert [group["lr"] for group in model.policy.optimizer.param_groups] == [0.0]
+
+
+def test_processes_wait_until_all_have_a_whole_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradient_steps too: windows that still grow have another length in each process."""
+    model = tiny("Pendulum-v1", gradient_steps=1).learn(40)
+    ready = 2.0
+    monkeypatch.setattr(model, "processes", Processes(0, 2))
+    monkeypatch.setattr(Processes, "sums", lambda self, numbers: [1e6, ready])
+    assert model._can_update()
+    ready = 1.0
+    assert not model._can_update()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_updates_are_due_after_what_an_interrupted_collection_stored(saved: bool, tmp_path: Path) -> None:
+    """By Ctrl-C, or in a file that is written within it."""
+
+    class At(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 151:  # the step itself is not stored
+                if not saved:
+                    raise KeyboardInterrupt
+                self.model.save(tmp_path / "model")
+            return True
+
+    model = tiny("Pendulum-v1", train_freq=(1, "episode"), train_ratio=4)
+    if saved:
+        model.learn(200, callback=At())
+        assert model.update_ratio.credit == (200 * 4) % (4 * 8)
+        model = DreamerGPLD.load(tmp_path / "model", device="cpu")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(200, callback=At())
+    assert model.update_ratio.credit == 150 * 4
+    model.save(tmp_path / "again")
+    assert DreamerGPLD.load(tmp_path / "again", device="cpu").update_ratio.credit == 150 * 4
 
 
 @pytest.mark.parametrize("envs", [1, 2])

@@ -211,7 +211,7 @@ def vector_targets(
         if key.nvec is None:
             targets.append(symlog(x.to(dtype)))
         else:
-            targets.append(encode_categories(x - key.offset, key.nvec).to(dtype))
+            targets.append(encode_categories(x.long() - key.offset, key.nvec).to(dtype))
     return targets
 
 

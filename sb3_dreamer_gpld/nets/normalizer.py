@@ -50,7 +50,7 @@ class Normalizer(nn.Module):
         The variance is that of the mixture of what was there before and these numbers: the distance of the means counts.
 
         :param x: (N, n)
-        :param fault: bool scalar; if it is true, everything stays
+        :param fault: bool scalar; if it is true, everything stays, as does every statistic that would not be finite
         """
         variance, mean = th.var_mean(x, 0, correction=0)  # (n,) each
         share = (1.0 / (self.updates + 1.0)).clamp_min(RATE)
@@ -60,4 +60,4 @@ class Normalizer(nn.Module):
             (self.variance, spread),
             (self.updates, self.updates + 1.0),
         ):
-            buffer.copy_(th.where(fault, buffer, value))
+            buffer.copy_(th.where(fault | ~value.isfinite(), buffer, value))  # squares of huge numbers are infinite

@@ -44,12 +44,15 @@ class LatentRefresh:
         """Take over what an update computed.
 
         :param samples: its batch
-        :param states: its posterior states, (B, T, ·), which may change afterwards
+        :param states: its posterior states, (B, T, ·), which may change afterwards. If the update failed and some of them are
+            not finite, these rows have no latent from then on
         """
+        finite = states.deter.sum(-1, keepdim=True).isfinite()  # (B, T, 1)
+        classes = states.stoch.argmax(-2).masked_fill(~finite, -1)  # (B, T, K)
         if self.buffer.storage == "device":
-            self.buffer.update_latents(samples.envs, samples.starts, states.deter, states.stoch.argmax(-2))
+            self.buffer.update_latents(samples.envs, samples.starts, states.deter, classes)
             return
-        newer = _Newer(samples.envs, samples.starts, to_host(states.deter, states.stoch.argmax(-2)))
+        newer = _Newer(samples.envs, samples.starts, to_host(states.deter, classes))
         before, self._waiting = self._waiting, newer
         self._write(before)
         if not self.late:

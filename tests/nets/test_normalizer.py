@@ -74,6 +74,20 @@ def test_a_failed_update_leaves_everything() -> None:
     assert all(th.equal(one, two) for one, two in zip(before, net.buffers(), strict=True))
 
 
+def test_one_huge_number_is_not_remembered() -> None:
+    """Its square overflows; the others' statistics go on."""
+    for first in (False, True):
+        net = Normalizer(2)
+        if not first:
+            net.update(th.randn(8, 2), OK)
+        x = th.randn(8, 2)
+        x[3, 0] = 1e21
+        net.update(x, OK)
+        net.update(th.randn(8, 2), OK)
+        assert all(buffer.isfinite().all() for buffer in net.buffers()) and net.updates == (2 if first else 3)
+        assert net(th.randn(8, 2)).isfinite().all() and 0.1 < net.variance[1] < 4.0
+
+
 def test_inverse() -> None:
     net, x = Normalizer(4), 5.0 * th.randn(50, 4) + 3.0
     net.update(x, OK)
