@@ -204,7 +204,8 @@ def make_dmc(
 ) -> gym.Env[Any, Any]:
     """Make a dm_control task as a Gymnasium environment, through Shimmy.
 
-    Suite tasks end by truncation after 1000 steps of the simulator's control loop, with or without ``action_repeat``.
+    Suite tasks end by truncation after 1000 steps of the simulator's control loop, with or without ``action_repeat``; those of
+    lqr have no limit.
 
     :param task: ``"walker-walk"``, or the same as a Gymnasium id, ``"dm_control/walker-walk-v0"``
     :param pixels: whether the observation is a picture instead of the task's own numbers, see ``PixelObservation``
