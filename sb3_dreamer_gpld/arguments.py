@@ -1,9 +1,10 @@
-"""Arguments of the constructor: whether their values are allowed, and what does the work of those of other algorithms."""
+"""Arguments of the constructor: which values are allowed, what "auto" stands for, and what does the work of other names."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,15 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_dreamer_gpld.config import (
-    ActionSpec,
-    check_int,
-    check_range,
-    dynamics_share,
-    entropy_target,
-    largest_entropy,
-    unknown_name,
-)
+from sb3_dreamer_gpld.checks import check_int, check_range, unknown_name
+from sb3_dreamer_gpld.config import ActionSpec
 from sb3_dreamer_gpld.planning import PlannerConfig
 
 if TYPE_CHECKING:
@@ -96,8 +90,93 @@ def warn_without_gpu(asked: th.device | str, device: th.device) -> None:
         warnings.warn(f"device={str(asked)!r}, but PyTorch finds no GPU: the nets are on {str(device)!r}", stacklevel=4)
 
 
+ACTOR_GRADIENTS = ("reinforce", "dynamics", "auto")
+DEFAULT_ENT_COEF = 3e-4
+# Nats for each number of a Box that the target entropy "auto" stands for: those of a standard deviation of 0.242
+AUTO_TARGET_ENTROPY = 0.0
+
+
+def dynamics_share(actor_gradient: float | str, actions: ActionSpec) -> float:
+    """Share of the actor's gradient that comes through the imagined dynamics; REINFORCE has the rest.
+
+    :param actor_gradient: "reinforce", "dynamics", a share in [0, 1], or "auto": dynamics for a Box, else REINFORCE, as in the
+        authors' release of 2023
+    :param actions: what actions look like
+    :raises ValueError: another name, a share outside [0, 1], or dynamics for actions that are no Box
+    """
+    if isinstance(actor_gradient, str):
+        if actor_gradient not in ACTOR_GRADIENTS:
+            raise ValueError(unknown_name("actor_gradient", actor_gradient, (*ACTOR_GRADIENTS, "a share in [0, 1]")))
+        continuous = actions.nvec is None
+        share = {"reinforce": 0.0, "dynamics": 1.0, "auto": float(continuous)}[actor_gradient]
+    else:
+        check_range("actor_gradient (a share, or 'reinforce', 'dynamics', 'auto')", actor_gradient, 0.0, 1.0)
+        share = float(actor_gradient)
+    if share and actions.nvec is not None:
+        raise ValueError(
+            f"actor_gradient={actor_gradient!r} needs actions in a Box, since samples of other spaces have no gradient; "
+            "allowed for this action space: 'reinforce', 'auto' or 0"
+        )
+    return share
+
+
+def largest_entropy(actions: ActionSpec, max_std: float) -> float:
+    """The entropy that no policy exceeds, in nats.
+
+    :param actions: what actions look like
+    :param max_std: largest standard deviation of a number in a Box
+    """
+    if actions.nvec is None:
+        return actions.size * (math.log(max_std) + 0.5 * math.log(2.0 * math.pi * math.e))
+    return sum(math.log(n) for n in actions.nvec)
+
+
+def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: ActionSpec) -> tuple[float, float | None]:
+    """Smallest coefficient of the policy's entropy, and the entropy below which it rises.
+
+    :param ent_coef: the coefficient; or "auto" or "auto_0.001", where it starts
+    :param target_entropy: in nats; or "auto": for a Box :data:`AUTO_TARGET_ENTROPY` for each number, for other actions 0,
+        which entropies never fall below
+    :param actions: what actions look like
+    :return: the coefficient, and the target in nats, None if the coefficient is fixed
+    :raises ValueError: a value is not allowed
+    """
+    if target_entropy != "auto":
+        if isinstance(target_entropy, str):
+            raise ValueError(f"target_entropy must be 'auto' or a number of nats, not {target_entropy!r}")
+        check_range("target_entropy (or 'auto')", target_entropy, -math.inf, math.inf)
+    if not isinstance(ent_coef, str):
+        check_range("ent_coef (or 'auto', 'auto_0.001')", ent_coef, 0.0, math.inf)
+        return float(ent_coef), None
+    start = DEFAULT_ENT_COEF
+    if ent_coef != "auto":
+        try:
+            start = float(ent_coef.removeprefix("auto_"))
+        except ValueError:
+            start = -1.0
+        if not ent_coef.startswith("auto_") or not 0.0 < start < math.inf:
+            raise ValueError(
+                f"ent_coef must be a number of at least 0, 'auto', or 'auto_' and a positive number to start from "
+                f"('auto_0.001'), not {ent_coef!r}"
+            )
+    if target_entropy != "auto":
+        return start, float(target_entropy)
+    return start, AUTO_TARGET_ENTROPY * actions.size if actions.nvec is None else 0.0
+
+
+def fill_train_ratio(algorithm: DreamerGPLD) -> None:
+    """Replace a ``train_ratio`` of None by half a batch.
+
+    :param algorithm: with the arguments as attributes
+    :raises ValueError: the batch is no whole number of windows, or of their steps
+    """
+    if algorithm.train_ratio is None:
+        check_int("batch_size", algorithm.batch_size, 1)
+        algorithm.train_ratio = algorithm.batch_size * window_steps(algorithm) / 2
+
+
 def check_arguments(algorithm: DreamerGPLD) -> None:
-    """Look at every argument of the constructor, and fill in a ``train_ratio`` of None.
+    """Look at every argument of the constructor.
 
     :param algorithm: with the arguments as attributes, before its nets are built
     :raises ValueError: a value is not allowed; the text names the argument and what is
@@ -113,8 +192,6 @@ def check_arguments(algorithm: DreamerGPLD) -> None:
         check_int(name, getattr(algorithm, name), minimum)
     if algorithm.gradient_steps is not None:
         check_int("gradient_steps (or None)", algorithm.gradient_steps, -1)
-    if algorithm.train_ratio is None:
-        algorithm.train_ratio = algorithm.batch_size * window_steps(algorithm) / 2
     check_range("train_ratio", algorithm.train_ratio, 0.0, float("inf"))
     check_range("gamma", algorithm.gamma, 0.0, 1.0)
     check_range("return_lambda", algorithm.return_lambda, 0.0, 1.0)

@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer_gpld.config import check_int, check_range
+from sb3_dreamer_gpld.checks import check_int, check_range
 from sb3_dreamer_gpld.observations import by_key, like_space, spaces_by_key
 from sb3_dreamer_gpld.replay.device_rows import DeviceRows
 from sb3_dreamer_gpld.replay.normalizing import normalized_observations, normalized_rewards

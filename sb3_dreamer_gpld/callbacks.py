@@ -8,7 +8,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
 
-from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.checks import check_int
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm
 from sb3_dreamer_gpld.saving import check_writable
 

@@ -7,9 +7,8 @@ environment step.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
+from sb3_dreamer_gpld.checks import check_int, check_range, unknown_name
 from sb3_dreamer_gpld.observations import ONLY_KEY, spaces_by_key
 from sb3_dreamer_gpld.schedules import SCHEDULES, default_parameters
 
@@ -41,44 +41,6 @@ RECONSTRUCTIONS = ("decoder", "redundancy")
 IMAGE_STAGES = (2, 3, 4, 4)  # channels of the four image stages, in multiples of ``depth``
 MIN_IMAGE_SIDE = 2 ** len(IMAGE_STAGES)
 MOST_INTEGERS = 2.0**53  # that float64 tells apart
-
-
-def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = False) -> str:
-    """Text of the error for a name that does not exist, with the closest one that does.
-
-    :param kind: what it should be the name of
-    :param name: what was given
-    :param allowed: those that exist
-    :param brief: list these only if none is close to the name and they are fewer than 100, in alphabetical order
-    """
-    allowed = [str(each) for each in allowed]
-    close = difflib.get_close_matches(str(name), allowed, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    text = f"{kind} {name!r} does not exist"
-    if not brief:
-        return f"{text}.{hint} Allowed: {', '.join(allowed)}."
-    if close:
-        return f"{text}.{hint}"
-    return f"{text}. Allowed: {', '.join(sorted(allowed))}" if len(allowed) < 100 else text
-
-
-def check_int(name: str, value: Any, minimum: int) -> int:
-    """:return: the value as an int
-
-    :param name: what to call it in the error
-    :param value: to check; True and False are no numbers here
-    :param minimum: smallest that is allowed
-    :raises ValueError: it is no whole number, or too small
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
-    return int(value)
-
-
-def check_range(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low or value > high or (low_open and value == low):
-        raise ValueError(f"{name} must be a number in {'(' if low_open else '['}{low}, {high}], not {value!r}")
 
 
 def _check_layers(name: str, layers: Any) -> None:
@@ -521,77 +483,3 @@ class ActionSpec:
         if isinstance(space, spaces.MultiBinary):
             return cls(space.shape, (2,) * math.prod(space.shape))
         raise ValueError(f"the action space is {space}; allowed: Box, Discrete, MultiDiscrete, MultiBinary")
-
-
-ACTOR_GRADIENTS = ("reinforce", "dynamics", "auto")
-DEFAULT_ENT_COEF = 3e-4
-# Nats for each number of a Box that the target entropy "auto" stands for: those of a standard deviation of 0.242
-AUTO_TARGET_ENTROPY = 0.0
-
-
-def dynamics_share(actor_gradient: float | str, actions: ActionSpec) -> float:
-    """Share of the actor's gradient that comes through the imagined dynamics; REINFORCE has the rest.
-
-    :param actor_gradient: "reinforce", "dynamics", a share in [0, 1], or "auto": dynamics for a Box, else REINFORCE, as in the
-        authors' release of 2023
-    :param actions: what actions look like
-    :raises ValueError: another name, a share outside [0, 1], or dynamics for actions that are no Box
-    """
-    if isinstance(actor_gradient, str):
-        if actor_gradient not in ACTOR_GRADIENTS:
-            raise ValueError(unknown_name("actor_gradient", actor_gradient, (*ACTOR_GRADIENTS, "a share in [0, 1]")))
-        continuous = actions.nvec is None
-        share = {"reinforce": 0.0, "dynamics": 1.0, "auto": float(continuous)}[actor_gradient]
-    else:
-        check_range("actor_gradient (a share, or 'reinforce', 'dynamics', 'auto')", actor_gradient, 0.0, 1.0)
-        share = float(actor_gradient)
-    if share and actions.nvec is not None:
-        raise ValueError(
-            f"actor_gradient={actor_gradient!r} needs actions in a Box, since samples of other spaces have no gradient; "
-            "allowed for this action space: 'reinforce', 'auto' or 0"
-        )
-    return share
-
-
-def largest_entropy(actions: ActionSpec, max_std: float) -> float:
-    """The entropy that no policy exceeds, in nats.
-
-    :param actions: what actions look like
-    :param max_std: largest standard deviation of a number in a Box
-    """
-    if actions.nvec is None:
-        return actions.size * (math.log(max_std) + 0.5 * math.log(2.0 * math.pi * math.e))
-    return sum(math.log(n) for n in actions.nvec)
-
-
-def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: ActionSpec) -> tuple[float, float | None]:
-    """Smallest coefficient of the policy's entropy, and the entropy below which it rises.
-
-    :param ent_coef: the coefficient; or "auto" or "auto_0.001", where it starts
-    :param target_entropy: in nats; or "auto": for a Box :data:`AUTO_TARGET_ENTROPY` for each number, for other actions 0,
-        which entropies never fall below
-    :param actions: what actions look like
-    :return: the coefficient, and the target in nats, None if the coefficient is fixed
-    :raises ValueError: a value is not allowed
-    """
-    if target_entropy != "auto":
-        if isinstance(target_entropy, str):
-            raise ValueError(f"target_entropy must be 'auto' or a number of nats, not {target_entropy!r}")
-        check_range("target_entropy (or 'auto')", target_entropy, -math.inf, math.inf)
-    if not isinstance(ent_coef, str):
-        check_range("ent_coef (or 'auto', 'auto_0.001')", ent_coef, 0.0, math.inf)
-        return float(ent_coef), None
-    start = DEFAULT_ENT_COEF
-    if ent_coef != "auto":
-        try:
-            start = float(ent_coef.removeprefix("auto_"))
-        except ValueError:
-            start = -1.0
-        if not ent_coef.startswith("auto_") or not 0.0 < start < math.inf:
-            raise ValueError(
-                f"ent_coef must be a number of at least 0, 'auto', or 'auto_' and a positive number to start from "
-                f"('auto_0.001'), not {ent_coef!r}"
-            )
-    if target_entropy != "auto":
-        return start, float(target_entropy)
-    return start, AUTO_TARGET_ENTROPY * actions.size if actions.nvec is None else 0.0

@@ -25,18 +25,16 @@ from sb3_dreamer_gpld.arguments import (
     check_environments,
     check_processes,
     check_with_nets,
+    dynamics_share,
+    entropy_target,
+    fill_train_ratio,
     naming_unknown,
     warn_without_gpu,
     window_steps,
 )
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.callbacks import callbacks_of_all
-from sb3_dreamer_gpld.config import (
-    ObservationSpec,
-    PenaltyConfig,
-    dynamics_share,
-    entropy_target,
-)
+from sb3_dreamer_gpld.config import ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
@@ -241,7 +239,7 @@ class DreamerGPLD(ResumableAlgorithm):
         warn_without_gpu(device, self.device)
         self.model_size = model_size
         self.batch_length = batch_length
-        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in check_arguments
+        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in fill_train_ratio
         self.imagination_horizon = imagination_horizon
         self.return_lambda = return_lambda
         self.ent_coef = ent_coef
@@ -284,6 +282,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.processes = parallel.current()
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
+        fill_train_ratio(self)
         check_arguments(self)
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             self.action_noise = self.action_noise.base_noise  # of a loaded model; learn() makes one for each environment
@@ -336,6 +335,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
         :raises ValueError: a value is not allowed, or cannot change any more
         """
+        fill_train_ratio(self)
         check_arguments(self)
         check_with_nets(self)
         if self.planner != self._planned_with:

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-from sb3_dreamer_gpld.config import check_int
+from sb3_dreamer_gpld.checks import check_int
 
 _WELD_NUMBERS = 11  # of MuJoCo's weld constraints, as Meta-World 3 writes them
 

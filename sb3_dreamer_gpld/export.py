@@ -17,7 +17,7 @@ import torch as th
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
 from sb3_dreamer_gpld.observations import ONLY_KEY, like_space, spaces_by_key

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import Tensor
 
-from sb3_dreamer_gpld.config import ActionSpec, check_int, check_range, unknown_name
+from sb3_dreamer_gpld.checks import check_int, check_range, unknown_name
+from sb3_dreamer_gpld.config import ActionSpec
 from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, two_hot_mean
 from sb3_dreamer_gpld.nets.layers import apply_heads

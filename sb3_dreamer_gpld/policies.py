@@ -25,7 +25,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sb3_dreamer_gpld.buffers import SequenceSamples
-from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
+from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec
 from sb3_dreamer_gpld.nets.actor_critic import ActorCritic
 from sb3_dreamer_gpld.nets.distributions import decode_categories, encode_categories
 from sb3_dreamer_gpld.nets.spectral import normalize_spectrally

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 
 # The folder of hyperparameter files: beside this file in an installed package, at the top of a checkout

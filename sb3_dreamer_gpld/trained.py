@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import yaml
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.envs import ActionRepeat, registered
 from sb3_dreamer_gpld.policies import DreamerPolicy
 

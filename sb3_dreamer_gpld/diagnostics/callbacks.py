@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
-from sb3_dreamer_gpld.config import check_int, check_range
+from sb3_dreamer_gpld.checks import check_int, check_range
 from sb3_dreamer_gpld.diagnostics.measures import (
     OpenLoop,
     action_smoothness,

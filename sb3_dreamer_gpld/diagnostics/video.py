@@ -15,7 +15,8 @@ import torch as th
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch import Tensor
 
-from sb3_dreamer_gpld.config import ImageKey, unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
+from sb3_dreamer_gpld.config import ImageKey
 from sb3_dreamer_gpld.nets.world_model import NO_DECODER, Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import gymnasium as gym
 import yaml
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.presets import CONFIGS
 from sb3_dreamer_gpld.zoo.check import read_yaml
 

@@ -16,7 +16,8 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_dreamer_gpld.config import SIZES, check_int, check_range, unknown_name
+from sb3_dreamer_gpld.checks import check_int, check_range, unknown_name
+from sb3_dreamer_gpld.config import SIZES
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.envs import suite_of
 from sb3_dreamer_gpld.policies import CnnPolicy, DreamerPolicy, MultiInputPolicy

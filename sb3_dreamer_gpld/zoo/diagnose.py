@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from sb3_dreamer_gpld.config import check_int, check_range
+from sb3_dreamer_gpld.checks import check_int, check_range
 from sb3_dreamer_gpld.diagnostics import (
     SCALES,
     ActionSmoothness,

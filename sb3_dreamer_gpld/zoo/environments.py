@@ -9,7 +9,7 @@ import sys
 
 import gymnasium as gym
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.envs import DM_CONTROL, suite_of
 from sb3_dreamer_gpld.zoo.arguments import fail
 

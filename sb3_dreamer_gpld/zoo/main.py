@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import yaml
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.envs import DM_CONTROL, METAWORLD, suite_of
 from sb3_dreamer_gpld.trained import find_agent
 from sb3_dreamer_gpld.zoo import enjoy, sweep

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sb3_dreamer_gpld.config import unknown_name
+from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, NAME, choose_entry, fail, find_config
 from sb3_dreamer_gpld.zoo.check import check_entry
 from sb3_dreamer_gpld.zoo.environments import prepare_environment

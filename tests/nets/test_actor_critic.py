@@ -12,7 +12,8 @@ from gymnasium import spaces
 from test_dreamer_gpld import tiny
 from torch import Tensor
 
-from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec, dynamics_share, entropy_target, largest_entropy
+from sb3_dreamer_gpld.arguments import dynamics_share, entropy_target, largest_entropy
+from sb3_dreamer_gpld.config import ActionSpec, ModelConfig, ObservationSpec
 from sb3_dreamer_gpld.nets.actor_critic import ENT_COEF_RATE, ActorCritic, Objective
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical
 from sb3_dreamer_gpld.nets.layers import Head
