@@ -378,8 +378,8 @@ class ObservationSpec:
     def from_space(cls, space: spaces.Space, normalize_images: bool = True) -> ObservationSpec:
         """
         :param space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
-        :param normalize_images: images are uint8 in [0, 255]; if False also float images in [0, 1]
-        :raises ValueError: another space, an empty one, or an image smaller than 16 pixels
+        :param normalize_images: images are uint8 in [0, 255]; if False also floats in [0, 1], and integers from 0 on
+        :raises ValueError: another space, an empty one, an image smaller than 16 pixels, or one of other numbers
         """
         subspaces = spaces_by_key(space)
         vectors, images = [], []
@@ -418,7 +418,8 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
             if low < 0.0 or not math.isfinite(high) or (high > 1.0 and not counted):
                 raise ValueError(
                     f"{where} is an image of numbers from {low:g} to {high:g}; allowed: integers from 0 on, or floats from 0 "
-                    "to 1. Scale it, or flatten it with gymnasium.wrappers.FlattenObservation"
+                    "to 1. Scale it, leave it out of VecNormalize's norm_obs_keys, or flatten it with "
+                    "gymnasium.wrappers.FlattenObservation"
                 )
             return ImageKey(name, height, width, channels, first, max(high, 1.0) if counted else 1.0)
         return VectorKey(name, space.shape)
@@ -460,7 +461,8 @@ class ActionSpec:
         if isinstance(space, spaces.Box):
             with np.errstate(over="ignore", invalid="ignore"):
                 if space.dtype.kind in "iu":
-                    wide = space.high.astype(np.float64) - space.low.astype(np.float64) > MOST_INTEGERS
+                    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+                    wide = np.maximum(-low, high) > MOST_INTEGERS
                 else:
                     wide = ~np.isfinite(space.high - space.low)
             if wide.any():

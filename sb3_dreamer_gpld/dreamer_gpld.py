@@ -41,10 +41,11 @@ from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
 from sb3_dreamer_gpld.learner import Learner, LearnerConfig
 from sb3_dreamer_gpld.nets.actor_critic import Objective
-from sb3_dreamer_gpld.observations import with_last_observations
+from sb3_dreamer_gpld.observations import normalized_keys, with_last_observations
 from sb3_dreamer_gpld.pace import (
     Pace,
     UpdateRatio,
+    needs_whole_windows,
     rows_before_updates,
     tell,
     updates_per_step,
@@ -267,7 +268,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self._penalty_waits: int | None = None  # the penalty_start that it was moved on to, which counts once
         self.update_ratio = UpdateRatio()
         self._steps_without_credit = 0  # stored by a collection that goes on, of this process
-        self._saw_normalized = False  # observations of a VecNormalize, when it learned last
+        self._normalized: tuple[str, ...] = ()  # keys of observations that a VecNormalize normalised, when it learned last
         self._state: RecurrentState | None = None
         self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
@@ -544,7 +545,7 @@ class DreamerGPLD(ResumableAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
-        self._saw_normalized = self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs
+        self._normalized = normalized_keys(self._vec_normalize_env)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
@@ -667,11 +668,10 @@ class DreamerGPLD(ResumableAlgorithm):
         stored, ready = self.processes.sums([int(self.replay_buffer.stored_rows().sum()), self.replay_buffer.has_window()])
         if stored <= rows_before_updates(self):
             return False
-        all_ready = ready == self.processes.size
-        if self.gradient_steps is None:
-            return all_ready
         # Windows that still grow would be of different lengths in different processes
-        return self.num_timesteps > self.learning_starts and (all_ready or self.processes.size == 1)
+        if needs_whole_windows(self) and ready < self.processes.size:
+            return False
+        return self.gradient_steps is None or self.num_timesteps > self.learning_starts
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""

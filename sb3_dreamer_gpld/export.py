@@ -8,7 +8,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,7 +80,7 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
 
     The program is deterministic, runs on the processor, and takes any number of environments at a time. It acts with the
     policy net, also where the model has a planner. Observations are not normalised in it: with VecNormalize, give it
-    normalised ones, which are float32 also where the space has integers. Images are laid out as in
+    normalised ones, which are float32 whatever the space has. Images are laid out as in
     ``model.observation_space``, that is with channels first. Beside the program, the file holds ``policy.json``: shapes and
     dtypes of the observations ("" is the key of a space that is no Dict), of the three parts of the state, and of the actions,
     all for one environment.
@@ -141,8 +141,8 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
     if write is _write_onnx:
         _require_onnx()
     policy = _plain_copy(model.policy if isinstance(model, DreamerGPLD) else model)
-    if isinstance(model, DreamerGPLD) and model._saw_normalized:
-        policy.observation_space = _normalized(policy)
+    if isinstance(model, DreamerGPLD) and model._normalized:
+        policy.observation_space = _normalized(policy, model._normalized)
     program = th.export.export(ActingStep(policy), _example(policy), dynamic_shapes=_dynamic_shapes(policy), strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
@@ -196,13 +196,10 @@ def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:
     return copy.requires_grad_(False)
 
 
-def _normalized(policy: DreamerPolicy) -> spaces.Space:
-    """The observation space with the numbers that VecNormalize makes of its vectors' integers."""
-    vectors = {key.name for key in policy.observation_spec.vectors if key.nvec is None}
+def _normalized(policy: DreamerPolicy, keys: Sequence[str]) -> spaces.Space:
+    """The observation space as VecNormalize leaves it, which makes float32 of the observations of some keys."""
     made = {
-        name: spaces.Box(-np.inf, np.inf, space.shape, np.float32)
-        if name in vectors and np.dtype(space.dtype).kind in "iu"
-        else space
+        name: spaces.Box(-np.inf, np.inf, space.shape, np.float32) if name in keys else space
         for name, space in spaces_by_key(policy.observation_space).items()
     }
     return spaces.Dict(made) if isinstance(policy.observation_space, spaces.Dict) else made[ONLY_KEY]

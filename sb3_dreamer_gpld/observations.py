@@ -42,6 +42,13 @@ def with_boxes(space: spaces.Space[Any]) -> spaces.Space[Any]:
     return spaces.Dict({key: box(entry) for key, entry in space.items()}) if isinstance(space, spaces.Dict) else box(space)
 
 
+def normalized_keys(normalize: VecNormalize | None) -> tuple[str, ...]:
+    """:return: keys, as in :func:`by_key`, of the observations that it normalises, if it is there"""
+    if normalize is None or not normalize.norm_obs:
+        return ()
+    return tuple(normalize.norm_obs_keys or (ONLY_KEY,))
+
+
 def with_last_observations(
     new_obs: Any, dones: np.ndarray, infos: Sequence[dict[str, Any]], normalize: VecNormalize | None
 ) -> Any:

@@ -123,7 +123,7 @@ def warn_without_room(algorithm: DreamerGPLD) -> None:
     """
     buffer = algorithm.replay_buffer
     assert buffer is not None
-    if algorithm.gradient_steps is None and algorithm.train_ratio and buffer.buffer_size <= buffer.batch_length:
+    if _wants_updates(algorithm) and needs_whole_windows(algorithm) and buffer.buffer_size <= buffer.batch_length:
         warnings.warn(
             f"There will be no update: buffer_size={algorithm.buffer_size} is {buffer.buffer_size} rows for each of "
             f"{algorithm.n_envs} environments, in which no window of batch_length={buffer.batch_length} steps and the one "
@@ -161,6 +161,11 @@ def _wants_updates(algorithm: DreamerGPLD) -> bool:
     return bool(algorithm.train_ratio if algorithm.gradient_steps is None else algorithm.gradient_steps)
 
 
+def needs_whole_windows(algorithm: DreamerGPLD) -> bool:
+    """Whether updates wait for a whole window; those of ``gradient_steps`` begin on ones that still grow, in one process."""
+    return algorithm.gradient_steps is None or algorithm.processes.size > 1
+
+
 def warn_before_updates(algorithm: DreamerGPLD, total_timesteps: int) -> bool:
     """Warn of a run that is sure to end before there is enough to learn from.
 
@@ -194,7 +199,7 @@ def warn_without_updates(algorithm: DreamerGPLD) -> None:
     """
     buffer = algorithm.replay_buffer
     assert buffer is not None
-    told = algorithm.gradient_steps is None and buffer.buffer_size <= buffer.batch_length  # by warn_without_room
+    told = needs_whole_windows(algorithm) and buffer.buffer_size <= buffer.batch_length  # by warn_without_room
     if algorithm._n_updates or not _wants_updates(algorithm) or told:
         return
     warnings.warn(

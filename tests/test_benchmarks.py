@@ -32,15 +32,15 @@ def test_time_of_an_update(options: list[str], tmp_path: Path, monkeypatch: pyte
 
 
 def test_time_of_the_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every phase was there, and a step takes the sum of what its phases take."""
+    """Every phase was there."""
     file = tmp_path / "results.json"
     options = ["--size", "debug", "--envs", "2", "--steps", "8", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["learn_time", *options])
     learn_time.main()
     (result,) = json.loads(file.read_text())
     assert result["updates"] == 8 * 512 // (16 * 64)
+    assert {"update", "acting", "environment", "replay: add", "replay: sample"} <= set(result["shares"])
     assert all(0.0 < share < 1.0 for share in result["shares"].values())
-    assert sum(result["shares"].values()) == pytest.approx(1.0)
 
 
 def test_the_page_of_planning_has_what_was_found() -> None:

@@ -100,17 +100,22 @@ def test_same_actions_over_episodes_with_resets(name: str, tmp_path: Path) -> No
                 observation = np.moveaxis(observation, -1, 1)  # type: ignore[arg-type]
 
 
-def test_normalised_integers_go_in_as_floats(tmp_path: Path) -> None:
-    env = VecNormalize(DummyVecEnv([lambda: RandomSpaces(spaces.Box(0, 50, (3,), np.int64), BOX)]))
-    model = tiny(env, "MlpPolicy").learn(45)
+def test_normalised_observations_go_in_as_float32(tmp_path: Path) -> None:
+    """Of the keys that VecNormalize normalises."""
+    whole, numbers = spaces.Box(0, 50, (3,), np.int64), spaces.Box(-9.0, 9.0, (2,), np.float64)
+    space = spaces.Dict({"counts": whole, "numbers": numbers, "others": whole})
+    env = VecNormalize(DummyVecEnv([lambda: RandomSpaces(space, BOX)]), norm_obs_keys=["counts", "numbers"])
+    model = tiny(env, "MultiInputPolicy").learn(45)
     step, metadata = load(export_policy(model, tmp_path / "policy"))
-    assert metadata["observation"][""] == {"shape": [3], "dtype": "float32"}
+    dtypes = {name: entry["dtype"] for name, entry in metadata["observation"].items()}
+    assert dtypes == {"counts": "float32", "numbers": "float32", "others": "int64"}
     observation = env.reset()
+    assert {name: str(value.dtype) for name, value in observation.items()} == dtypes  # type: ignore[union-attr]
     memory = tuple(th.zeros(1, *shape) for shape in metadata["state"].values())
-    action, _ = step(th.as_tensor(observation), memory, th.tensor([True]))
+    action, _ = step(as_tensors(observation), memory, th.tensor([True]))
     expected, _ = model.predict(observation, deterministic=True)
     np.testing.assert_allclose(action.numpy(), expected, atol=1e-5)
-    assert model.observation_space == spaces.Box(0, 50, (3,), np.int64)
+    assert model.observation_space == space
 
 
 def test_the_actions_of_this_test_differ() -> None:

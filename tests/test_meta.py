@@ -197,11 +197,11 @@ def copies(waits: list[int], moved: list[int] | None = None) -> Iterator[None]:
         with _disable_current_modes():
             return th.zeros(tensor.shape, dtype=tensor.dtype)
 
-    arrays = transfer.PendingArrays.wait
+    wait = transfer.PendingArrays.wait
 
-    def waiting(self: transfer.Arrays) -> tuple[np.ndarray, ...]:
+    def waiting(self: transfer.PendingArrays) -> tuple[np.ndarray, ...]:
         waits.append(len(waits))
-        return arrays(self)
+        return wait(self)
 
     with mock.patch.multiple(transfer, _copied_to_device=to_meta, _copied_to_host=to_host):
         with mock.patch.object(transfer.PendingArrays, "wait", waiting):

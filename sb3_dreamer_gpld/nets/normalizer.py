@@ -50,14 +50,12 @@ class Normalizer(nn.Module):
         The variance is that of the mixture of what was there before and these numbers: the distance of the means counts.
 
         :param x: (N, n)
-        :param fault: bool scalar; if it is true, everything stays, as does every statistic that would not be finite
+        :param fault: bool scalar; if it is true, everything stays, as do the statistics of a number that would not be finite
         """
         variance, mean = th.var_mean(x, 0, correction=0)  # (n,) each
         share = (1.0 / (self.updates + 1.0)).clamp_min(RATE)
         spread = self.variance.lerp(variance, share) + share * (1.0 - share) * (mean - self.mean).square()
-        for buffer, value in (
-            (self.mean, self.mean.lerp(mean, share)),
-            (self.variance, spread),
-            (self.updates, self.updates + 1.0),
-        ):
-            buffer.copy_(th.where(fault | ~value.isfinite(), buffer, value))  # squares of huge numbers are infinite
+        stays = fault | ~spread.isfinite()  # (n,): squares of huge numbers are infinite
+        self.mean.copy_(th.where(stays, self.mean, self.mean.lerp(mean, share)))
+        self.variance.copy_(th.where(stays, self.variance, spread))
+        self.updates.copy_(th.where(fault, self.updates, self.updates + 1.0))

@@ -47,7 +47,7 @@ class LatentRefresh:
         :param states: its posterior states, (B, T, ·), which may change afterwards. If the update failed and some of them are
             not finite, these rows have no latent from then on
         """
-        finite = states.deter.sum(-1, keepdim=True).isfinite()  # (B, T, 1)
+        finite = (states.deter.sum(-1) + states.stoch.sum((-2, -1))).isfinite().unsqueeze(-1)  # (B, T, 1)
         classes = states.stoch.argmax(-2).masked_fill(~finite, -1)  # (B, T, K)
         if self.buffer.storage == "device":
             self.buffer.update_latents(samples.envs, samples.starts, states.deter, classes)

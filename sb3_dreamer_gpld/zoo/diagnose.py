@@ -110,7 +110,7 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
     files = {"model": options.model, **({"baseline": options.baseline} if options.baseline else {})}
     models = {name: _load(file, options.device) for name, file in files.items()}
     for name, model in models.items():
-        if model._saw_normalized:
+        if model._normalized:
             raise ValueError(
                 f"--{name} {files[name]} was trained with VecNormalize, whose statistics are not in it; allowed: models whose "
                 "environments do not normalise observations (normalize_vectors does that in the model)"

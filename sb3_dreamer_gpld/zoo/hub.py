@@ -55,7 +55,7 @@ The agent is recurrent: hand the state that `predict` returns back to it.
 
 
 _NORMALIZATION = """
-It was trained on normalised observations, so it must act on such:
+It was trained with VecNormalize, and must act with its statistics:
 
 ```python
 from stable_baselines3.common.vec_env import VecNormalize

@@ -93,7 +93,7 @@ def _prepare_training(args: list[str], evaluates: bool) -> list[str]:
         steps = options.n_timesteps if options.n_timesteps > 0 else int({**entry, **given}["n_timesteps"])
         if evaluates and options.eval_freq is None and steps < EVAL_FREQ:
             args = [*args, "--eval-freq", str(max(1, steps // EVALUATIONS))]
-            print(f"--eval-freq was not given, so the agent is evaluated {EVALUATIONS} times, every {args[-1]} steps")
+            print(f"--eval-freq was not given, so the agent is evaluated every {args[-1]} steps")
     return [*args, "--algo", NAME, "-conf", file]
 
 
