@@ -257,7 +257,13 @@ def check_with_nets(algorithm: DreamerGPLD) -> None:
             f"target_entropy={algorithm.target_entropy!r} is {target:.4g} nats, which this policy cannot reach: the "
             f"coefficient would rise for ever. Allowed: less than {largest:.4g}"
         )
-    rate, has_own = algorithm.actor_learning_rate, len(policy.optimizer.param_groups) > 1
+    groups, expected = len(policy.optimizer.param_groups), 2 if policy.actor_group else 1
+    if groups != expected:
+        raise ValueError(
+            f"the optimiser has {groups} groups of parameters; allowed: {expected}, "
+            f"{'one of them the policy net' if policy.actor_group else 'which has all'}: learning rates are those of these"
+        )
+    rate, has_own = algorithm.actor_learning_rate, policy.actor_group
     if (rate is not None) != has_own:
         raise ValueError(
             f"actor_learning_rate={rate!r} has changed since the model was made; allowed: "

@@ -352,6 +352,9 @@ class SequenceReplayBuffer(ReplayBuffer):
     ) -> None:
         """Add one transition of every environment. The arguments are copied, and never changed.
 
+        A transition continues the one that was added before for its environment, if that was not done. If its observation is
+        not the next one of that, the episode before is cut there, with a warning. With one environment E may be left out.
+
         :param obs: observations acted on, (E, *obs_shape)
         :param next_obs: observations after that, (E, *obs_shape): the last ones of the episode where ``done``
         :param action: in the form that SB3 stores (scaled for Box spaces), (E, action_dim)

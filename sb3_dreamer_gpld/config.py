@@ -204,17 +204,34 @@ class ModelConfig:
             raise ValueError(unknown_name("model_size", model_size, SIZES))
         allowed = [f.name for f in dataclasses.fields(cls)]
         for name in overrides:
-            if name == "features_extractor_class":
-                raise TypeError(
-                    "policy_kwargs entry 'features_extractor_class' does not exist: encoder, RSSM and decoder belong together "
-                    "and are replaced by a policy's world_model_class, see docs/extending.md. Sizes are changed by "
-                    "features_extractor_kwargs"
-                )
+            if name in POLICY_KWARGS_ELSEWHERE:
+                raise TypeError(f"policy_kwargs entry {name!r} does not exist: {POLICY_KWARGS_ELSEWHERE[name]}")
             if name not in allowed:
                 raise TypeError(unknown_name("policy_kwargs entry", name, [*allowed, *POLICY_ARGUMENTS]))
         return cls(**{**SIZES[model_size], **overrides})
 
 
+_NO_STD = "the policy's deviation is an output of its net, between policy_kwargs=dict(min_std=..., max_std=...)"
+# Those of other algorithms' policies, by name: what does their work here, or that there is none
+POLICY_KWARGS_ELSEWHERE = {
+    "activation_fn": "every hidden layer is linear, RMSNorm and SiLU, of which the penalty's closed form is made",
+    "features_extractor_class": (
+        "encoder, RSSM and decoder belong together and are replaced by a policy's world_model_class, see docs/extending.md. "
+        "Sizes are changed by features_extractor_kwargs"
+    ),
+    "share_features_extractor": "policy and value always see the states of the same world model",
+    "n_critics": "there is one value net, and a slow copy of it (slow_value_rate)",
+    "ortho_init": "nets begin as in the authors' release",
+    "log_std_init": _NO_STD,
+    "full_std": _NO_STD,
+    "use_expln": _NO_STD,
+    "use_sde": "actions have no state-dependent noise here; exploration_noise of the algorithm adds noise that lasts",
+    "squash_output": "actions in a Box are always squashed to it",
+    "lstm_hidden_size": "the memory is the recurrent state of the world model, of size deter",
+    "n_lstm_layers": "the memory is the recurrent state of the world model, of size deter",
+    "enable_critic_lstm": "the memory is that of the world model, for policy and value",
+    "shared_lstm": "the memory is that of the world model, for policy and value",
+}
 # Entries of policy_kwargs that are not fields of ModelConfig.
 POLICY_ARGUMENTS = ("net_arch", "normalize_images", "features_extractor_kwargs", "optimizer_class", "optimizer_kwargs")
 

@@ -7,17 +7,21 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
+from weakref import WeakSet
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.arguments import (
@@ -34,12 +38,13 @@ from sb3_dreamer_gpld.arguments import (
 )
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.callbacks import callbacks_of_all
+from sb3_dreamer_gpld.checks import check_int
 from sb3_dreamer_gpld.config import ObservationSpec, PenaltyConfig
 from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
-from sb3_dreamer_gpld.learner import Learner, LearnerConfig
+from sb3_dreamer_gpld.learner import Learner, LearnerConfig, record_all
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.observations import normalized_keys, with_last_observations
 from sb3_dreamer_gpld.pace import (
@@ -61,6 +66,7 @@ from sb3_dreamer_gpld.saving import restore_rng
 from sb3_dreamer_gpld.transfer import to_device, to_host
 
 PUBLISHED_STEPS = 16 * 64  # that an update replays
+_HANDED_ON = WeakSet[Logger]()  # which another model has, and no model closes
 
 
 class ActingInputs(NamedTuple):
@@ -211,7 +217,7 @@ class DreamerGPLD(ResumableAlgorithm):
         compile: bool | str = "auto",
     ) -> None:
         env = maybe_make_env(registered(env), verbose)
-        if env is not None:
+        if isinstance(env, (gym.Env, VecEnv)):  # of others SB3 says what is wrong
             ObservationSpec.from_space(env.observation_space)  # before SB3 stumbles over a space that it does not know
         super().__init__(
             policy,
@@ -288,9 +294,14 @@ class DreamerGPLD(ResumableAlgorithm):
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             self.action_noise = self.action_noise.base_noise  # of a loaded model; learn() makes one for each environment
         self._setup_lr_schedule()
+        if not issubclass(self.policy_class, DreamerPolicy):
+            raise ValueError(
+                f"policy must be one of {', '.join(map(repr, self.policy_aliases))}, or DreamerPolicy or a subclass of it "
+                f"(docs/extending.md), not {self.policy_class.__name__}"
+            )
         own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
         self.set_random_seed(self.seed)
-        self.policy = self.policy_class(  # type: ignore[assignment]
+        self.policy = self.policy_class(
             self.observation_space,
             self.action_space,
             self.lr_schedule,
@@ -344,7 +355,8 @@ class DreamerGPLD(ResumableAlgorithm):
                 f"planner={self.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
                 "load(path, planner=...)"
             )
-        self._setup_lr_schedule()
+        if self._scheduled_for != (self.learning_rate, self.actor_learning_rate):  # else lr_schedule may have been replaced
+            self._setup_lr_schedule()
         self._convert_train_freq()
         check_processes(self)
         assert self.replay_buffer is not None
@@ -400,7 +412,13 @@ class DreamerGPLD(ResumableAlgorithm):
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
         rates = [self.learning_rate] if self.actor_learning_rate is None else [self.learning_rate, self.actor_learning_rate]
-        self._lr_schedules = [FloatSchedule(rate) for rate in rates]  # of the optimiser's groups
+        self._own_schedules = [FloatSchedule(rate) for rate in rates[1:]]  # of the optimiser's further groups
+        self._scheduled_for = self.learning_rate, self.actor_learning_rate
+
+    def _convert_train_freq(self) -> None:
+        super()._convert_train_freq()
+        assert isinstance(self.train_freq, TrainFreq)
+        check_int("train_freq", self.train_freq.frequency, 1)
 
     def _learner_config(self) -> LearnerConfig:
         """What updates have in common, from the present values of the attributes."""
@@ -442,8 +460,8 @@ class DreamerGPLD(ResumableAlgorithm):
         inputs = ActingInputs(observation, self._state, is_first)
         self._state, latent = self.learner.execution.run_whole(self._act, self._acting_key, inputs)
         if action_noise is not None and self.policy.action_spec.nvec is None:
-            noise = to_device(np.asarray(action_noise(), dtype=np.float32), self.device)
-            noisy = self._state.action + noise.view_as(self._state.action)
+            noise = np.broadcast_to(action_noise(), (n_envs, *self.policy.action_spec.shape)).reshape(n_envs, -1)  # (E, A)
+            noisy = self._state.action + to_device(np.asarray(noise, dtype=np.float32), self.device)
             self._state = self._state._replace(action=noisy.clamp(-1.0, 1.0))
         # One wait for the device a step: for the action, and what is stored with it
         action, *self._latents = to_host(self._state.action, self._state.deter, latent).wait()
@@ -531,7 +549,7 @@ class DreamerGPLD(ResumableAlgorithm):
             check_environments(self)
             self.processes.copy_from_first([*self.policy.state_dict().values()])
         self._seed_environments_anew(not reset_num_timesteps)
-        if not self._custom_logger and "_logger" in self.__dict__:
+        if not self._custom_logger and "_logger" in self.__dict__ and self._logger not in _HANDED_ON:
             self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
         with naming_environments(self), self._first_observations():
             total_timesteps, callback = self._setup_learn(
@@ -689,31 +707,33 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self.replay_buffer is not None
         return self.batch_size * self.replay_buffer.batch_length
 
-    def train(self, gradient_steps: int, batch_size: int) -> None:
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """Make updates from replayed windows.
 
         :param gradient_steps: updates
-        :param batch_size: windows in each
+        :param batch_size: windows in each; None: as many as the argument of the constructor
         :raises FloatingPointError: a loss is not finite; the parameters are left as they are, by LaProp
         """
         assert self.replay_buffer is not None
+        logger = self.logger  # first: without one there is an error
         self.policy.set_training_mode(True)
         self._move_penalty_start(gradient_steps)
         learner = self.learner
         learner.config = self._learner_config()
         learner.faults.clear()
         left = max(0.0, self._current_progress_remaining)  # the last episode may end behind the run's end
-        rates = [schedule(left) for schedule in self._lr_schedules]
+        rates = [self.lr_schedule(left), *(schedule(left) for schedule in self._own_schedules)]
         refresh = LatentRefresh(self.replay_buffer, late=self.device.type != "cpu")
         # With gradient_steps updates begin on windows that still grow: each length would be compiled by itself
         whole = self.replay_buffer.has_window()
         with contextlib.nullcontext() if whole else learner.execution.plain():
-            self._update(gradient_steps, batch_size, rates, refresh)
+            self._update(gradient_steps, self.batch_size if batch_size is None else batch_size, rates, refresh)
         refresh.finish()
         learner.faults.raise_faults()
         for name, group in zip(("learning_rate", "actor_learning_rate"), self.policy.optimizer.param_groups, strict=False):
-            self.logger.record(f"train/{name}", group["lr"])
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            logger.record(f"train/{name}", group["lr"])
+        logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        record_all(logger, learner.metrics.means())
 
     def _move_penalty_start(self, updates: int) -> None:
         """Have the penalty start after ``updates`` more, as long as ``penalty_start`` is not reached; it counts once."""
@@ -739,10 +759,17 @@ class DreamerGPLD(ResumableAlgorithm):
 
     # ------------------------------------------------------------------------------------------- logging
 
+    def set_logger(self, logger: Logger) -> None:
+        """As in SB3. A logger that another model has made stays open while this one has it.
+
+        :param logger: is used from now on
+        """
+        super().set_logger(logger)
+        _HANDED_ON.add(logger)
+
     def dump_logs(self) -> None:
         """Write the log: means of every metric over the updates since the last time, and the share of time they took."""
-        for name, value in self.learner.metrics.take().items():
-            self.logger.record(name, value)
+        record_all(self.logger, self.learner.metrics.take())
         if self.num_timesteps != self._logged_step:  # several environments may end at one step, and SB3 then logs again
             now = time.perf_counter()
             self.logger.record("time/update_share", self._update_seconds / max(now - self._logged_at, 1e-9))
@@ -759,7 +786,8 @@ class DreamerGPLD(ResumableAlgorithm):
             "_exploration",
             "_explored_with",
             "_planned_with",
-            "_lr_schedules",
+            "_own_schedules",
+            "_scheduled_for",
             "learner",
             "update_ratio",
             "_steps_without_credit",

@@ -21,7 +21,7 @@ from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
 from sb3_dreamer_gpld.observations import ONLY_KEY, like_space, spaces_by_key
-from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState
+from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState, uncompiled
 from sb3_dreamer_gpld.saving import atomic_file
 
 METADATA = "policy.json"
@@ -140,7 +140,7 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
     write = _WRITERS[path.suffix[1:]]
     if write is _write_onnx:
         _require_onnx()
-    policy = _plain_copy(model.policy if isinstance(model, DreamerGPLD) else model)
+    policy = _plain_copy(uncompiled(model.policy if isinstance(model, DreamerGPLD) else model))
     if isinstance(model, DreamerGPLD) and model._normalized:
         policy.observation_space = _normalized(policy, model._normalized)
     program = th.export.export(ActingStep(policy), _example(policy), dynamic_shapes=_dynamic_shapes(policy), strict=False)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import PenaltyConfig
@@ -27,6 +28,9 @@ from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.transfer import to_device, to_host
+
+# Inside Stable-Baselines3: letters of a name that its printed table has room for, after three of indent
+PRINTED_LETTERS = 33
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,21 @@ class Learner:
         return values
 
 
+def record_all(logger: Logger, values: Mapping[str, float]) -> None:
+    """Record values by their names. Of those that a printed table would show by the same shortened name it has the first only.
+
+    :param logger: of Stable-Baselines3, which would raise an error in place of such a table
+    :param values: by name in the log
+    """
+    seen = set()
+    for name, value in values.items():
+        group, _, shown = name.partition("/")
+        if len(shown) > PRINTED_LETTERS:
+            shown = f"{shown[: PRINTED_LETTERS - 3]}..."
+        logger.record(name, value, exclude=("stdout", "log") if (group, shown) in seen else None)
+        seen.add((group, shown))
+
+
 class MetricMeans:
     """Means of metrics over updates; nothing is read from the device before they are taken."""
 
@@ -279,13 +298,18 @@ class MetricMeans:
         self._sums[names] = total + values, count + 1
 
     def take(self) -> dict[str, float]:
-        """Means over the updates that had them since the last time, which begin anew."""
+        """:meth:`means`, which begin anew."""
+        means = self.means()
+        self._sums = {}
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Means over the updates that had them since the last :meth:`take`."""
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for names, (total, count) in self._sums.items():
             for name, value in zip(names, to_host(total).wait()[0].tolist(), strict=True):
                 sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
-        self._sums = {}
         return {name: value / counts[name] for name, value in sums.items()}
 
 

@@ -113,6 +113,7 @@ class DreamerPolicy(BasePolicy):
             squash_output=isinstance(action_space, spaces.Box),
         )
         self.model_size, self.net_arch, self.sizes = model_size, net_arch, sizes
+        self.actor_group = actor_group
         self._space_of_shapes = with_boxes(observation_space)
         self.observation_spec = ObservationSpec.from_space(observation_space, normalize_images)
         self.action_spec = ActionSpec.from_space(action_space)
@@ -412,6 +413,11 @@ class DreamerPolicy(BasePolicy):
             deter=samples.deter,
             stoch=stoch.float(),
         )
+
+
+def uncompiled(policy: Any) -> Any:
+    """:return: a policy itself, where ``torch.compile(model.policy)`` has wrapped it"""
+    return getattr(policy, "_orig_mod", policy)
 
 
 class MlpPolicy(DreamerPolicy):

@@ -225,6 +225,17 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         model._was_loaded = True
         return model
 
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As in SB3. A loaded run goes on with these random numbers, in place of those that were saved.
+
+        :param seed: None: nothing changes
+        """
+        super().set_random_seed(seed)
+        if seed is not None and self._was_loaded:
+            self._rng_states, self._reseeded, self._was_loaded = None, True, False
+            if self.replay_buffer is not None:
+                self.replay_buffer.rng = np.random.default_rng(seed)
+
     def save_run(self, folder: str | os.PathLike[str]) -> Path:
         """Save model, replay buffer and VecNormalize's statistics for :meth:`load_run`, and then remove what it saved
         before. Of several processes all call it.

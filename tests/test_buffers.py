@@ -790,7 +790,7 @@ def test_every_class_can_be_stored(classes: int, dtype: type) -> None:
     buffer = one_env(FLAT, classes=classes, stoch=2, batch_length=1)
     for stoch in ([[0, classes - 1]], [[-1, -1]]):
         buffer.stage(np.array([False]), np.ones((1, 1)), np.array(stoch))
-        buffer.add(np.zeros((1, 2)), np.ones((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
+        buffer.add(np.zeros((1, 2)), np.zeros((1, 2)), np.zeros((1, 2)), [1.0], [False], [{}])
     assert buffer.stoch.dtype == dtype
     first, second = (buffer._latents(buffer.rows.locate(np.array([0]), np.array([number]))) for number in (0, 1))
     assert (first[0].tolist(), first[1].tolist()) == ([[1]], [[0, classes - 1]])
@@ -938,17 +938,47 @@ def test_reset_empties_everything() -> None:
 
 
 def test_extend_like_sb3() -> None:
-    """SB3's own test of saved buffers extends a buffer by the arrays of its copy."""
+    """As SB3's own test of saved buffers extends a buffer by the arrays of its copy, but with observations that follow."""
     driver = Driver(1, 50, 3, FLAT)
     for i in range(15):
         driver.add([TIMEOUT if i % 5 == 4 else STEP])
     old = copy.deepcopy(driver.buffer)
     infos = [[{"TimeLimit.truncated": truncated}] for truncated in old.timeouts]
-    driver.buffer.extend(old.observations, old.observations, old.actions, old.rewards, old.dones, infos)
+    following = np.concatenate([old.observations[1:], old.observations[-1:]])
+    driver.buffer.extend(old.observations, following, old.actions, old.rewards, old.dones, infos)
     # 15 + 3 rows before; as many more, with 3 ends of episodes among them
     assert driver.buffer.rows_added.tolist() == [18 + 18 + 3]
     assert not driver.buffer.full and driver.buffer.size() == 39
     assert driver.buffer.sample(4).rewards.shape == (4, 3)
+
+
+def test_transitions_that_do_not_follow_each_other() -> None:
+    """Each is an episode of its own that was cut, with its last observation and reward; there is one warning."""
+    buffer = one_env(FLAT, batch_length=1)
+    obs = np.arange(12.0).reshape(6, 1, 2)
+    with pytest.warns(UserWarning, match="not the next one of the transition before") as told:
+        for t in (3, 0, 1, 4):
+            buffer.add(obs[t], obs[t + 1], np.zeros((1, 2)), [float(t)], [False], [{}])
+    assert len(told) == 1
+    rows = slice(0, buffer.size())
+    assert buffer.observations[rows, 0, 0].tolist() == [6, 8, 0, 2, 4, 8]  # 3, 4; 0, 1, 2; 4
+    assert buffer.rewards[rows, 0].tolist() == [0, 3, 0, 0, 1, 0]
+    assert buffer.is_first[rows, 0].tolist() == [True, False, True, False, False, True]
+    assert buffer.dones[rows, 0].tolist() == [False, True, False, False, True, False]
+    assert buffer.timeouts[rows, 0].tolist() == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("space", [FLAT, spaces.Discrete(5)])
+def test_one_environment_needs_no_axis_of_its_own(space: spaces.Space) -> None:
+    """As Gymnasium gives transitions; Stable-Baselines3's buffers take them, too."""
+    with_axis, without = (one_env(space, batch_length=1) for _ in range(2))
+    obs = [np.asarray(space.sample()) for _ in range(4)]
+    for t in range(3):
+        action, reward, done = np.array([0.5, -0.5]), float(t), t == 2
+        with_axis.add(obs[t][None], obs[t + 1][None], action[None], np.array([reward]), np.array([done]), [{}])
+        without.add(obs[t], obs[t + 1], action, reward if t else np.array([[reward]]), done, [{}])
+    for name in ("observations", "actions", "rewards", "dones"):
+        assert np.array_equal(getattr(with_axis, name)[:4], getattr(without, name)[:4]), name
 
 
 # ---------------------------------------------------------------- errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ def test_the_page_is_that_of_the_results() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.filled(text, protocol.complete()) == text
     assert text.count("<!-- table: ") == len(page.TABLES)
+
+
+def test_the_figure_and_the_text_are_those_of_the_results() -> None:
+    """What is written by hand names the blocks and seeds that it is about; the figure has a digest of its numbers."""
+    found = protocol.complete()
+    done = sum(all(job.finished for job in jobs) for jobs in protocol.every_block())
+    known = page.PAGE.read_text(encoding="utf-8").split("## What is known so far\n")[1]
+    words = ["no", "one", "two", "three", "four"][len(found.seeds)]
+    assert f"{done} of 24 blocks, {words} seed" in known
+    readme = (page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"after {words} seed" in readme.split("- **GPLD**")[1].split("- **Spaces**")[0]
+    image = pytest.importorskip("PIL.Image")
+    with image.open(page.FIGURE) as figure:
+        assert figure.info["Description"] == page.drawn_from(found)
 
 
 def test_the_arms_differ_in_the_penalty_alone() -> None:
@@ -67,13 +82,31 @@ def test_statistics() -> None:
     assert scores.relative(np.array([[[3.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [2.0, 0.0]]]))[0] == pytest.approx(50.0)
 
 
+def test_the_interval_of_the_probability_of_improvement() -> None:
+    """Seeds are drawn for each task and each arm by itself: all draws of two seeds on two tasks, one after another."""
+    pairs = np.array([[[1.0, 0.0], [5.0, 2.0]], [[3.0, 2.0], [1.0, 4.0]]])  # (seeds, tasks, arms)
+    draws = list(itertools.product(range(2), repeat=2))
+    by_task = [
+        [np.mean([np.sign(pairs[i, task, 0] - pairs[j, task, 1]) / 2 + 0.5 for i in one for j in other])
+         for one in draws for other in draws]
+        for task in range(2)
+    ]  # fmt: skip
+    every = sorted(np.add.outer(*by_task).ravel() / 2)
+    for size in (0.95, 0.5):
+        low, high = scores.improvement_interval(pairs, Style(size=size, reps=4000)).ravel()
+        # Between the quantiles a little to either side, since 4000 draws are not all of them
+        assert np.quantile(every, 0.49 - size / 2 + 0.005) <= low <= np.quantile(every, 0.51 - size / 2 + 0.005)
+        assert np.quantile(every, 0.49 + size / 2 - 0.005) <= high <= np.quantile(every, 0.51 + size / 2 - 0.005)
+
+
 def test_ratios_and_correlations_leave_out_what_was_not_measured() -> None:
     x, y = np.random.default_rng(0).random((2, 8, 3))
-    expected = np.mean([stats.spearmanr(x[:, task], y[:, task]).statistic for task in range(3)])
-    assert scores.rank_correlation(x, y) == pytest.approx(expected)
+    expected = [stats.spearmanr(x[:, task], y[:, task]).statistic for task in range(3)]
+    assert scores.rank_correlations(x, y) == pytest.approx(expected)
+    assert page.correlation((x, y)) == f"{np.mean(expected):.2f} (3)"
     x[2, 0], y[:, 1], x[:, 2] = np.nan, 0.0, np.nan
-    assert scores.rank_correlation(x, y) == pytest.approx(stats.spearmanr(np.delete(x[:, 0], 2), np.delete(y[:, 0], 2))[0])
-    assert np.isnan(scores.rank_correlation(x[:, 2:], y[:, 2:]))
+    assert scores.rank_correlations(x, y) == pytest.approx([stats.spearmanr(np.delete(x[:, 0], 2), np.delete(y[:, 0], 2))[0]])
+    assert page.correlation((x[:, 2:], y[:, 2:])) == "–"
     one, other = np.array([[2.0, np.nan, 3.0], [8.0, np.nan, np.nan]]), np.ones((2, 3))
     assert scores.ratios(one, other) == pytest.approx([4.0, np.nan, 3.0], nan_ok=True)
     assert scores.ratio(one, other) == pytest.approx(np.sqrt(12.0)) and page.number(scores.ratio(one[:, 1:2], other)) == "–"
@@ -137,11 +170,25 @@ def test_the_page_says_what_is_left_out(results: Path) -> None:
     write_run(Job(NONE, "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), None)
     write_run(Job("penalty-prior-5", "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), 1.0)
     blocks, tables, left, unmeasured = page.finished_table(protocol.complete())
-    assert blocks == "**4 of 24 blocks are finished.**"
+    assert blocks == "**4 of 24 blocks are finished**; the question is decided once, when all are."
     assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard; intervals begin with two seeds."
     assert left.endswith(f"not in the tables: none, hopper-hop, {SEEDS[0]}; prior 5, hopper-hop, {SEEDS[0]}.")
     assert unmeasured.endswith(f"not measured: none, hopper-hop, {SEEDS[0]}; none, walker-walk, {SEEDS[1]}.")
     assert len(list(page.finished_table(protocol.Seeds((), ())))) == 3
+
+
+def test_all_tasks_have_as_many_seeds(results: Path) -> None:
+    for arm in ARMS:
+        write_run(Job(arm, "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), 1.0)
+    assert protocol.complete() == (("walker-walk", "hopper-hop", "reacher-hard"), SEEDS[:1])
+
+
+def test_frames_beyond_the_end_do_not_count(results: Path) -> None:
+    job = Job(NONE, "hopper-hop", SEEDS[0], FRAMES)
+    write_run(job, np.full(40, 100.0), 1.0)
+    rows = [{"frames": row["frames"], "episode_return": row["episode_return"]} for row in read_csv(job.file)]
+    write_csv(job.file, [*rows, {"frames": FRAMES + 1000, "episode_return": 900.0}])
+    assert scores.AREA.of(job) == scores.LAST.of(job) == pytest.approx(0.1)
 
 
 def test_an_unfinished_seed_waits(results: Path) -> None:
@@ -158,6 +205,7 @@ def test_the_figure(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = protocol.complete()
     page.draw(found._replace(seeds=found.seeds[:seeds]))
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    assert page.drawn_from(found) != page.drawn_from(found._replace(seeds=found.seeds[:1]))
 
 
 def test_blocks_in_their_order(

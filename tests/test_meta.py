@@ -242,11 +242,11 @@ def test_training_waits_at_its_end(name: str, storage: str) -> None:
             model.learner.metrics.take()
     if storage == "device":
         assert begun == [0, 0, 0]
-        assert len(waits) == 2  # the faults, and the metrics
+        assert len(waits) == 3  # the faults, and the metrics here and there
         assert len(moved) == 3 * 3  # of each update: where its rows lie, where its latents go, and the learning rates
     else:
         assert begun == [0, 0, 1]  # the latents of an update are fetched when the next one has begun
-        assert len(waits) == 5  # those of three, the faults, and the metrics
+        assert len(waits) == 6  # those of three, the faults, and the metrics here and there
         assert len(moved) >= 3 * 9  # the arrays of a batch, and the learning rates
 
 

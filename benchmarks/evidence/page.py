@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from benchmarks.evidence.scores import (
     better,
     improvement,
     improvement_interval,
-    rank_correlation,
+    rank_correlations,
     ratio,
     ratios,
     relative,
@@ -44,7 +45,8 @@ from sb3_dreamer_gpld.zoo.plot import interquartile_mean, interval, mean
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 FIGURE = PAGE.with_name("figures") / "evidence.png"
 NO_BLOCK = "No block is finished yet."
-SHOWN = ("posterior_jacobian", "prior_jacobian", "transition_ratio", "observation_15")  # in the figure, and by task
+SHOWN = ("posterior_jacobian", "prior_jacobian", "transition_ratio", "observation_15")  # in the figure
+BY_TASK = (*SHOWN, "reward_15", "action_change")
 
 
 def cell(value: np.ndarray, bounds: Callable[[], np.ndarray], seeds: int, digits: int) -> str:
@@ -66,6 +68,12 @@ def number(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "–"
 
 
+def correlation(measures: tuple[np.ndarray, np.ndarray]) -> str:
+    """The mean of rank correlations, and of how many tasks; each has (runs, tasks)."""
+    by_task = rank_correlations(*measures)
+    return f"{np.mean(by_task):.2f} ({len(by_task)})" if len(by_task) else "–"
+
+
 def header(*titles: str) -> Iterator[str]:
     """The first two lines of a table in Markdown."""
     yield f"| {' | '.join(titles)} |"
@@ -85,13 +93,12 @@ def finished_table(found: Seeds) -> Iterator[str]:
     """How much of the protocol there is, which runs that began are not in the tables, and which were not measured."""
     blocks, shown = every_block(), found.jobs()
     done = [jobs for jobs in blocks if all(job.finished for job in jobs)]
-    every = list(blocks)
-    for others in map(other_weights, PENALTIES):
-        every += every_block(others)
-        shown += complete(others).jobs(others)
+    every = [*blocks, *(jobs for arm in PENALTIES for jobs in every_block(other_weights(arm)))]
+    if arm := better():
+        shown += complete(other_weights(arm)).jobs(other_weights(arm))
     began = [job for jobs in every for job in jobs if read_csv(job.file)]
     unmeasured = [job for job in began if job.finished and not is_measured(job)]
-    yield f"**{len(done)} of {len(blocks)} blocks are finished.**"
+    yield f"**{len(done)} of {len(blocks)} blocks are finished**; the question is decided once, when all are."
     if found.seeds:
         seeds = ", ".join(map(str, found.seeds))
         yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}; intervals begin with two seeds."
@@ -195,23 +202,23 @@ def measures_table(found: Seeds) -> Iterator[str]:
     yield from header(
         "measure, relative to none",
         *(ARMS[arm] for arm in PENALTIES),
-        "rank correlation with the return, all runs",
-        "within arms",
+        "rank correlation with the last tenth, all runs (tasks)",
+        "within arms (tasks)",
     )
     for name, title in MEASURES.items():
         values = np.stack([of[arm][name] for arm in ARMS])  # (arms, seeds, tasks)
         seen = np.where(np.isfinite(values), returns, np.nan)  # of the models that were measured
         flat = values.reshape(-1, values.shape[-1]), seen.reshape(-1, seen.shape[-1])
-        cells = [ratio(of[arm][name], of[NONE][name]) for arm in PENALTIES]
-        cells += [rank_correlation(*flat), rank_correlation(within_arms(values), within_arms(seen))]
-        yield f"| {title} | {' | '.join(map(number, cells))} |"
+        cells = [number(ratio(of[arm][name], of[NONE][name])) for arm in PENALTIES]
+        cells += map(correlation, (flat, (within_arms(values), within_arms(seen))))
+        yield f"| {title} | {' | '.join(cells)} |"
 
 
 def measures_by_task_table(found: Seeds) -> Iterator[str]:
     """The ratios of some measures on each task."""
     yield from header("measure, relative to none", "penalty on", *found.tasks)
     of = {arm: measured(arm, *found, tuple(ARMS)) for arm in ARMS}
-    for name in SHOWN:
+    for name in BY_TASK:
         for arm in PENALTIES:
             yield f"| {MEASURES[name]} | {ARMS[arm]} | {' | '.join(map(number, ratios(of[arm][name], of[NONE][name])))} |"
 
@@ -256,7 +263,16 @@ def draw(found: Seeds) -> None:
     right.legend(title="penalty on", fontsize=8, loc="lower right")
     left.set_xlabel("penalty on")
     with atomic_file(FIGURE) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120, metadata={"Description": drawn_from(found)})
+
+
+def drawn_from(found: Seeds) -> str:
+    """A digest of the numbers in the figure, which it carries along."""
+    of = {arm: measured(arm, *found, tuple(ARMS)) for arm in ARMS}
+    numbers = [scores_of(arm, AREA, *found) for arm in ARMS]
+    numbers += [ratios(of[arm][name], of[NONE][name]) for arm in PENALTIES for name in SHOWN]
+    text = ",".join(f"{x:.4g}" for each in numbers for x in each.ravel())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------- page

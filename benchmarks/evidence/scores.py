@@ -92,10 +92,10 @@ def improvement_interval(pairs: np.ndarray, style: Style = STYLE) -> np.ndarray:
     return np.percentile(samples, [50 * (1 - style.size), 50 * (1 + style.size)], axis=0)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's correlation of two measures over the runs of each task, mean over the tasks; NaN: there is none.
+def rank_correlations(x: np.ndarray, y: np.ndarray) -> list[float]:
+    """Spearman's correlation of two measures over the runs of each task that has one.
 
-    :param x, y: (runs, tasks); a run that either is missing of, NaN, is left out
+    :param x, y: (runs, tasks); a run that either is missing of, NaN, is left out, and so is a task on which one is constant
     """
     found = []
     for one, other in zip(x.T, y.T, strict=True):
@@ -103,7 +103,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
         ranks = [rankdata(each[there]) for each in (one, other)]
         if there.sum() > 1 and all(np.ptp(each) > 0 for each in ranks):
             found.append(float(np.corrcoef(*ranks)[0, 1]))
-    return float(np.mean(found)) if found else float("nan")
+    return found
 
 
 def within_arms(values: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from sb3_dreamer_gpld.diagnostics.measures import (
 )
 from sb3_dreamer_gpld.diagnostics.video import image_key, log_video, open_loop_video
 from sb3_dreamer_gpld.nets.world_model import Batch
-from sb3_dreamer_gpld.policies import DreamerPolicy
+from sb3_dreamer_gpld.policies import DreamerPolicy, uncompiled
 
 if TYPE_CHECKING:
     from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
@@ -45,7 +45,7 @@ class _ReplayCallback(BaseCallback):
         self.generator = np.random.default_rng(seed)
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model.policy, DreamerPolicy):
+        if not isinstance(uncompiled(self.model.policy), DreamerPolicy):
             raise TypeError(f"{type(self).__name__} measures a DreamerGPLD model, not a {type(self.model).__name__}")
 
     def _on_step(self) -> bool:

@@ -5,6 +5,7 @@ Letters: E environments, D deter, K categoricals of the stochastic state.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,8 @@ class EpisodeWriter:
     :param rows: writes into them
     :param windows: hears of every row written
     """
+
+    warned = False  # of transitions that do not follow each other
 
     def __init__(self, rows: Rows, windows: WindowSampler) -> None:
         self.rows, self.windows = rows, windows
@@ -81,7 +84,7 @@ class EpisodeWriter:
         envs = self.rows.n_envs
         obs, next_obs = self._shaped_obs("obs", obs), self._shaped_obs("next_obs", next_obs)
         column = self.rows.format.action
-        action = shaped("action", action, (envs, *column.shape), (envs, *column.given_shape))
+        action = shaped("action", action, (envs, *column.shape), column.given_shape)
         reward = shaped("reward", reward, (envs,))
         done = shaped("done", done, (envs,)).astype(bool)
 
@@ -89,6 +92,9 @@ class EpisodeWriter:
         self.rows.make_room(3)
         # Whatever was staged, a row that continues nothing is a first one
         is_first = ~self.pending if self.staged is None else self.staged.is_first | ~self.pending
+        if (elsewhere := ~is_first & self._begins_elsewhere(obs)).any():
+            self._warn_of_other_transitions()
+            is_first |= elsewhere
         cut = is_first & self.pending
         if cut.any():
             self._append_last(np.flatnonzero(cut), self.pending_obs, self.pending_rewards, np.ones(envs))
@@ -104,6 +110,24 @@ class EpisodeWriter:
         for key, array in self.pending_obs.items():
             array[:] = next_obs[key]
 
+    def _begins_elsewhere(self, obs: dict[str, np.ndarray]) -> np.ndarray:
+        """Where the observations are not those that the transitions before led to, bool (E,)."""
+        differ = [
+            (obs[key].astype(array.dtype) != array).reshape(len(array), -1).any(-1) for key, array in self.pending_obs.items()
+        ]
+        return np.any(differ, 0)
+
+    def _warn_of_other_transitions(self) -> None:
+        """Once: rows are made of transitions that follow each other."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                "A transition was added whose observation is not the next one of the transition before: the episode is cut "
+                "there, and another one begins. Add the transitions of an episode in their order, those of one environment "
+                "after another, and the last one with done=True",
+                stacklevel=5,
+            )
+
     def _shaped_obs(self, name: str, obs: dict[str, Any]) -> dict[str, np.ndarray]:
         """Check an observation and return its entries as (E, *shape), in a dict of our own."""
         result = {}
@@ -113,7 +137,7 @@ class EpisodeWriter:
             if key not in obs:
                 raise ValueError(f"{label}: expected shape {expected}, received no such key, only {sorted(obs)}")
             # Discrete observations come without the axis of size 1 that they are stored with
-            result[key] = shaped(label, obs[key], expected, (self.rows.n_envs, *column.given_shape))
+            result[key] = shaped(label, obs[key], expected, column.given_shape)
         return result
 
     def _append_last(self, envs: np.ndarray, obs: dict[str, np.ndarray], rewards: np.ndarray, timeouts: np.ndarray) -> None:
@@ -154,17 +178,19 @@ def check_shape(name: str, value: Entries, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {expected}, received {tuple(value.shape)}")
 
 
-def shaped(name: str, value: Any, expected: tuple[int, ...], also: tuple[int, ...] | None = None) -> np.ndarray:
+def shaped(name: str, value: Any, expected: tuple[int, ...], given: tuple[int, ...] | None = None) -> np.ndarray:
     """Check a shape.
 
     :param name: what to call the value in the error
     :param value: an array, or what becomes one
-    :param expected: the shape to return
-    :param also: another shape that is accepted, and reshaped
+    :param expected: the shape to return, (E, ...)
+    :param given: the shape of an entry in another form that is accepted
     :return: the value as an array of the expected shape, not copied
-    :raises ValueError: the value has neither shape
+    :raises ValueError: the value has neither shape, nor that of a single entry where E = 1
     """
     array = np.asarray(value)
-    if array.shape != also:
+    entries = [expected[1:]] if given is None else [expected[1:], given]
+    single = expected[0] == 1 and (array.shape in entries or array.size == 1 == np.prod(expected))
+    if not single and array.shape not in [(expected[0], *entry) for entry in entries]:
         check_shape(name, array, expected)
     return array.reshape(expected)
