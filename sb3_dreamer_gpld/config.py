@@ -359,7 +359,8 @@ class ImageKey:
     :param name: key in the Dict space, ONLY_KEY if the space is no Dict
     :param height, width, channels: size in pixels
     :param channels_first: the space is (channels, height, width)
-    :param scale: largest value, 255 for uint8 images and 1 for normalised ones
+    :param scale: width of the range of its numbers, 255 for uint8 images
+    :param low: smallest number
     """
 
     name: str
@@ -368,6 +369,7 @@ class ImageKey:
     channels: int
     channels_first: bool
     scale: float
+    low: float = 0.0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -395,8 +397,8 @@ class ObservationSpec:
     def from_space(cls, space: spaces.Space, normalize_images: bool = True) -> ObservationSpec:
         """
         :param space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these
-        :param normalize_images: images are uint8 in [0, 255]; if False also floats in [0, 1], and integers from 0 on
-        :raises ValueError: another space, an empty one, an image smaller than 16 pixels, or one of other numbers
+        :param normalize_images: images are uint8 in [0, 255]; if False those of any bounded numbers are images
+        :raises ValueError: another space, an empty one, an image smaller than 16 pixels, or one without bounds
         """
         subspaces = spaces_by_key(space)
         vectors, images = [], []
@@ -416,6 +418,22 @@ def _check_start(where: str, space: spaces.MultiDiscrete) -> None:
         raise ValueError(f"{where} is a MultiDiscrete that starts at {space.start.tolist()}; allowed: starts at 0")
 
 
+def _image_range(where: str, space: spaces.Box) -> tuple[float, float]:
+    """Width of the range of an image's numbers, and the smallest; that of floats within [0, 1] is [0, 1].
+
+    :raises ValueError: the range is not finite
+    """
+    low, high = float(space.low.min()), float(space.high.max())
+    if not math.isfinite(high - low):
+        raise ValueError(
+            f"{where} is an image of numbers from {low:g} to {high:g}; allowed: finite bounds, of which images are scaled to "
+            "[0, 1]. Or flatten it with gymnasium.wrappers.FlattenObservation"
+        )
+    if space.dtype.kind == "f" and 0.0 <= low and high <= 1.0:
+        return 1.0, 0.0
+    return high - low or 1.0, low
+
+
 def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> VectorKey | ImageKey:
     where = "the observation space" if name == ONLY_KEY else f"observation {name!r}"
     if isinstance(space, spaces.Box):
@@ -430,15 +448,7 @@ def _observation_key(name: str, space: spaces.Space, normalize_images: bool) -> 
                     f"{where} is an image of {height}x{width} pixels; allowed: at least {MIN_IMAGE_SIDE} in both directions. "
                     "Enlarge it, or flatten it with gymnasium.wrappers.FlattenObservation"
                 )
-            low, high = float(space.low.min()), float(space.high.max())
-            counted = space.dtype.kind in "iu"  # pixels are whole numbers
-            if low < 0.0 or not math.isfinite(high) or (high > 1.0 and not counted):
-                raise ValueError(
-                    f"{where} is an image of numbers from {low:g} to {high:g}; allowed: integers from 0 on, or floats from 0 "
-                    "to 1. Scale it, leave it out of VecNormalize's norm_obs_keys, or flatten it with "
-                    "gymnasium.wrappers.FlattenObservation"
-                )
-            return ImageKey(name, height, width, channels, first, max(high, 1.0) if counted else 1.0)
+            return ImageKey(name, height, width, channels, first, *_image_range(where, space))
         return VectorKey(name, space.shape)
     if isinstance(space, spaces.Discrete):
         return VectorKey(name, (), (int(space.n),), int(space.start))

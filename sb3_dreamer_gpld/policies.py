@@ -68,7 +68,7 @@ class DreamerPolicy(BasePolicy):
     :param lr_schedule: learning rate as a function of the remaining progress
     :param model_size: a name in :data:`~sb3_dreamer_gpld.config.SIZES`; None: "12m" with images, else "1m"
     :param net_arch: units of each layer of policy and value: a list for both, or ``dict(pi=[...], vf=[...])``
-    :param normalize_images: images are uint8 in [0, 255]; set False for floats in [0, 1], or integers from 0 to any number
+    :param normalize_images: images are uint8 in [0, 255]; set False for those of other numbers, scaled by the space's bounds
     :param features_extractor_kwargs: ``features_dim`` (size of the encoder's output) or ``cnn_output_dim`` (the same for
         the image encoder only)
     :param optimizer_class: optimiser
@@ -439,7 +439,7 @@ class CnnPolicy(DreamerPolicy):
         **kwargs: Any,
     ) -> None:
         assert is_image_space(observation_space, check_channels=False, normalized_image=not normalize_images), (
-            f"CnnPolicy needs images: a Box of uint8 in [0, 255] with three dimensions, or of floats in [0, 1] with "
+            f"CnnPolicy needs images: a Box of uint8 in [0, 255] with three dimensions, or of other numbers with "
             f"policy_kwargs=dict(normalize_images=False); this space is {observation_space}. Use MlpPolicy instead."
         )
         super().__init__(observation_space, action_space, lr_schedule, normalize_images=normalize_images, **kwargs)

@@ -163,7 +163,7 @@ CEILINGS = {
     "dynamics": 3_928,
     "actor's rate": 3_375,
     "redundancy": 3_427,
-    "normalised": 3_713,
+    "normalised": 3_719,
 }
 
 

@@ -112,10 +112,22 @@ def test_masks_have_their_own_scale(tmp_path: Path) -> None:
     assert th.equal(targets, th.ones(1, 18, 17, 16))
 
 
-@pytest.mark.parametrize("low, high, dtype", [(-1, 1, np.float32), (0, 255, np.float32), (-np.inf, np.inf, np.float32)])
-def test_images_of_other_floats_are_refused(low: float, high: float, dtype: type) -> None:
-    with pytest.raises(ValueError, match="is an image of numbers from .*; allowed: .* floats from 0 to 1"):
-        tiny(RandomSpaces(spaces.Box(low, high, (16, 16, 3), dtype), BOX), policy_kwargs=dict(normalize_images=False))
+@pytest.mark.parametrize(
+    "low, high, dtype, scale",
+    [(-1, 1, np.float32, 2), (0, 255, np.float32, 255), (0, 0.5, np.float64, 1), (-9, 3, np.int16, 12)],
+)
+def test_images_of_other_numbers_are_scaled_by_their_bounds(low: float, high: float, dtype: type, scale: float) -> None:
+    space = spaces.Box(low, high, (16, 16, 3), dtype)
+    model = tiny(RandomSpaces(space, BOX), policy_kwargs=dict(normalize_images=False)).learn(50)
+    assert model.policy.observation_spec.images[0].scale == scale and model._n_updates
+    both = th.as_tensor(np.stack([space.low, space.high]))
+    (targets,) = model.policy.world_model.targets({"": both}, [2])[1]
+    assert targets[0].unique().tolist() == [0.0] and targets[1].unique().tolist() == [high if scale == 1 else 1.0]
+
+
+def test_images_without_bounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="is an image of numbers from -inf to inf; allowed: finite bounds"):
+        tiny(RandomSpaces(spaces.Box(-np.inf, np.inf, (16, 16, 3)), BOX), policy_kwargs=dict(normalize_images=False))
 
 
 def test_float_images_in_a_dict_with_vectors(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ def image_targets(
     """
     parts = []
     for key in keys:
-        x = observations[key.name].reshape(*batch, *observations[key.name].shape[-3:]).to(dtype) / key.scale
+        x = observations[key.name].reshape(*batch, *observations[key.name].shape[-3:]).to(dtype)
+        x = (x - key.low if key.low else x) / key.scale
         parts.append(x.movedim(-3, -1) if key.channels_first else x)
     return parts[0] if len(parts) == 1 else th.cat(parts, -1)
 
