@@ -33,10 +33,11 @@ def filled(storage: str, n_envs: int = 2, steps: int = 60, **kwargs: Any) -> Any
     options = {"batch_length": 4, "deter": 5, "stoch": 3, "classes": 7, "seed": 0, "storage": storage, **kwargs}
     buffer = SequenceReplayBuffer(40 * n_envs, VECTOR, BOX, "cpu", n_envs=n_envs, **options)
     random = np.random.default_rng(0)
+    following = random.normal(size=(n_envs, 3))
     for step in range(steps):
-        obs, next_obs, action = random.normal(size=(3, n_envs, 3))
+        obs, (following, action) = following, random.normal(size=(2, n_envs, 3))
         buffer.stage(np.zeros(n_envs, bool), random.normal(size=(n_envs, 5)), random.integers(7, size=(n_envs, 3)))
-        buffer.add(obs, next_obs, action, random.normal(size=n_envs), np.full(n_envs, step % 13 == 12), [{}] * n_envs)
+        buffer.add(obs, following, action, random.normal(size=n_envs), np.full(n_envs, step % 13 == 12), [{}] * n_envs)
     return buffer
 
 

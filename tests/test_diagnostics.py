@@ -349,7 +349,7 @@ def test_what_callbacks_log(tmp_path: Path) -> None:
     smooth = {f"smoothness/{name}" for name in (*measures, "transition_ratio_max", "input_rms")}
     assert [row["time/total_timesteps"] for row in rows] == [20, 20, 40, 40, 60, 60]
     assert found[0::2] == [smooth] * 3 and found[1] == errors | {f"{name}_last" for name in errors}
-    assert all(value > 0 for row in rows for value in row.values())
+    assert all(row[name] > 0 for row, names in zip(rows, found, strict=True) for name in names)
 
 
 def test_video_in_tensorboard(tmp_path: Path) -> None:

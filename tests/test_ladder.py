@@ -73,11 +73,11 @@ def test_rates_and_noise_that_fall() -> None:
     settings = {**TINY_SETTINGS, "learning_rate": 1e-3, "actor_learning_rate": 1e-4, "exploration_noise": 0.4}
     arm = Arm("falling", settings, 2, None, None, decay_frames=1000, fade_frames=2000)
     model = ladder.make_model(arm, Job("falling", "cartpole-swingup", 0, 1000))
-    assert [schedule(1.0) for schedule in model._lr_schedules] == [1e-3, 1e-4]  # type: ignore[attr-defined]
+    assert [schedule(1.0) for schedule in (model.lr_schedule, *model._own_schedules)] == [1e-3, 1e-4]  # type: ignore[attr-defined]
     ladder.set_rates_and_noise(model, arm, 500)
-    assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([5.5e-4, 5.5e-5])  # type: ignore[attr-defined]
+    assert [schedule(0.5) for schedule in (model.lr_schedule, *model._own_schedules)] == pytest.approx([5.5e-4, 5.5e-5])  # type: ignore[attr-defined]
     ladder.set_rates_and_noise(model, arm, 5000)
-    assert [schedule(0.5) for schedule in model._lr_schedules] == pytest.approx([1e-4, 1e-5])  # type: ignore[attr-defined]
+    assert [schedule(0.5) for schedule in (model.lr_schedule, *model._own_schedules)] == pytest.approx([1e-4, 1e-5])  # type: ignore[attr-defined]
     model._follow_attributes()  # type: ignore[attr-defined]  # as learn does
     noise = np.stack([model._exploration() for _ in range(5000)])  # type: ignore[attr-defined]
     assert noise.std() == pytest.approx(0.04, rel=0.15)
