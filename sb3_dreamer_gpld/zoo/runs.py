@@ -135,7 +135,9 @@ class Experiment(ExperimentManager):
         before, given = (
             dict(yaml.load(each.read_text(), Loader=yaml.UnsafeLoader)) for each in (file, file.with_name("args.yml"))
         )
-        before["--env-kwargs"], now["--env-kwargs"] = given["env_kwargs"], self.args.env_kwargs
+        for name in ("env_kwargs", "eval_env_kwargs"):
+            option = f"--{name.replace('_', '-')}"
+            before[option], now[option] = given.get(name), getattr(self.args, name)
         differing = sorted(
             name for name in before.keys() | now.keys() if name != "n_timesteps" and before.get(name) != now.get(name)
         )

@@ -408,6 +408,8 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
         begin(tmp_path, monkeypatch, "--env", "CartPole-v1", "-n", "20", "--save-run", "10")
     with pytest.raises(SystemExit, match=r"other hyperparameters \(--env-kwargs None -> \{'g': 5.0\}\)"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "40", "--save-run", "10", "--env-kwargs", "g:5.0")
+    with pytest.raises(SystemExit, match=r"other hyperparameters \(--eval-env-kwargs None -> \{'g': 5.0\}\)"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "40", "--save-run", "10", "--eval-env-kwargs", "g:5.0")
     begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--save-run", "10")  # there is nothing to do
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("run_*")} == files
     for file in files:
