@@ -353,7 +353,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         """Add one transition of every environment. The arguments are copied, and never changed.
 
         A transition continues the one that was added before for its environment, if that was not done. If its observation is
-        not the next one of that, the episode before is cut there, with a warning. With one environment E may be left out.
+        not the next one of that, the episode before is cut there, with a warning. With one environment E may be left out,
+        and the list of infos.
 
         :param obs: observations acted on, (E, *obs_shape)
         :param next_obs: observations after that, (E, *obs_shape): the last ones of the episode where ``done``
@@ -364,6 +365,8 @@ class SequenceReplayBuffer(ReplayBuffer):
         :raises ValueError: a shape is wrong; nothing is written then
         :raises MemoryError: there is no room for more rows, with ``storage="device"`` for all of them; nothing is written then
         """
+        if isinstance(infos, dict) and self.n_envs == 1:
+            infos = [infos]
         if len(infos) != self.n_envs:
             raise ValueError(f"infos: expected one per environment ({self.n_envs}), received {len(infos)}")
         timeouts = [self.handle_timeout_termination and bool(info.get("TimeLimit.truncated", False)) for info in infos]

@@ -493,11 +493,12 @@ class ActionSpec:
                 else:
                     wide = ~np.isfinite(space.high - space.low)
             if wide.any():
-                most = "float64 can tell apart" if space.dtype.kind in "iu" else f"{space.dtype} can hold"
+                most, allowed = f"{space.dtype} can hold", "finite bounds with a finite difference"
+                if space.dtype.kind in "iu":
+                    most, allowed = "float64 can tell apart", "bounds within 2^53 of 0"
                 raise ValueError(
                     f"the action space reaches from {space.low[wide][0]} to {space.high[wide][0]}, which is more than {most}; "
-                    "allowed: finite bounds with a finite difference. Bound the actions, to [-1, 1] for instance, and scale "
-                    "them in the environment"
+                    f"allowed: {allowed}. Bound the actions, to [-1, 1] for instance, and scale them in the environment"
                 )
             return cls(space.shape)
         if isinstance(space, spaces.Discrete):

@@ -40,7 +40,12 @@ from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
 from sb3_dreamer_gpld.callbacks import callbacks_of_all
 from sb3_dreamer_gpld.checks import check_int
 from sb3_dreamer_gpld.config import ObservationSpec, PenaltyConfig
-from sb3_dreamer_gpld.environment_checks import check_finite, check_normalization, naming_environments
+from sb3_dreamer_gpld.environment_checks import (
+    check_finite,
+    check_normalization,
+    check_normalized_images,
+    naming_environments,
+)
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
@@ -355,8 +360,9 @@ class DreamerGPLD(ResumableAlgorithm):
                 f"planner={self.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
                 "load(path, planner=...)"
             )
-        if self._scheduled_for != (self.learning_rate, self.actor_learning_rate):  # else lr_schedule may have been replaced
-            self._setup_lr_schedule()
+        replaced = self.lr_schedule if self._scheduled_for == self.learning_rate else None  # in place of that of the argument
+        self._setup_lr_schedule()
+        self.lr_schedule = self.lr_schedule if replaced is None else replaced
         self._convert_train_freq()
         check_processes(self)
         assert self.replay_buffer is not None
@@ -413,7 +419,7 @@ class DreamerGPLD(ResumableAlgorithm):
         super()._setup_lr_schedule()
         rates = [self.learning_rate] if self.actor_learning_rate is None else [self.learning_rate, self.actor_learning_rate]
         self._own_schedules = [FloatSchedule(rate) for rate in rates[1:]]  # of the optimiser's further groups
-        self._scheduled_for = self.learning_rate, self.actor_learning_rate
+        self._scheduled_for = self.learning_rate
 
     def _convert_train_freq(self) -> None:
         super()._convert_train_freq()
@@ -460,8 +466,10 @@ class DreamerGPLD(ResumableAlgorithm):
         inputs = ActingInputs(observation, self._state, is_first)
         self._state, latent = self.learner.execution.run_whole(self._act, self._acting_key, inputs)
         if action_noise is not None and self.policy.action_spec.nvec is None:
-            noise = np.broadcast_to(action_noise(), (n_envs, *self.policy.action_spec.shape)).reshape(n_envs, -1)  # (E, A)
-            noisy = self._state.action + to_device(np.asarray(noise, dtype=np.float32), self.device)
+            noise = np.asarray(action_noise(), dtype=np.float32)
+            if noise.size != n_envs * self.policy.action_spec.size:  # SB3 broadcasts it, too
+                noise = np.broadcast_to(noise, (n_envs, *self.policy.action_spec.shape))
+            noisy = self._state.action + to_device(noise.reshape(n_envs, -1), self.device)  # (E, A)
             self._state = self._state._replace(action=noisy.clamp(-1.0, 1.0))
         # One wait for the device a step: for the action, and what is stored with it
         action, *self._latents = to_host(self._state.action, self._state.deter, latent).wait()
@@ -564,6 +572,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
         self._normalized = normalized_keys(self._vec_normalize_env)
+        check_normalized_images(self._normalized, self.policy.observation_spec, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces

@@ -68,7 +68,8 @@ class DreamerPolicy(BasePolicy):
     :param lr_schedule: learning rate as a function of the remaining progress
     :param model_size: a name in :data:`~sb3_dreamer_gpld.config.SIZES`; None: "12m" with images, else "1m"
     :param net_arch: units of each layer of policy and value: a list for both, or ``dict(pi=[...], vf=[...])``
-    :param normalize_images: images are uint8 in [0, 255]; set False for those of other numbers, scaled by the space's bounds
+    :param normalize_images: images are uint8 in [0, 255]; set False for those of other numbers, scaled by the space's
+        smallest and largest bound
     :param features_extractor_kwargs: ``features_dim`` (size of the encoder's output) or ``cnn_output_dim`` (the same for
         the image encoder only)
     :param optimizer_class: optimiser

@@ -230,8 +230,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
         :param seed: None: nothing changes
         """
+        goes_on = seed is not None and (self._was_loaded or self._reseeded)
+        if seed is not None and goes_on:
+            seed = self._own_seed(seed)  # each process has numbers of its own
         super().set_random_seed(seed)
-        if seed is not None and self._was_loaded:
+        if goes_on:
             self._rng_states, self._reseeded, self._was_loaded = None, True, False
             if self.replay_buffer is not None:
                 self.replay_buffer.rng = np.random.default_rng(seed)

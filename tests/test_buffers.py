@@ -976,7 +976,7 @@ def test_one_environment_needs_no_axis_of_its_own(space: spaces.Space) -> None:
     for t in range(3):
         action, reward, done = np.array([0.5, -0.5]), float(t), t == 2
         with_axis.add(obs[t][None], obs[t + 1][None], action[None], np.array([reward]), np.array([done]), [{}])
-        without.add(obs[t], obs[t + 1], action, reward if t else np.array([[reward]]), done, [{}])
+        without.add(obs[t], obs[t + 1], action, reward if t else np.array([[reward]]), done, {} if t else [{}])
     for name in ("observations", "actions", "rewards", "dones"):
         assert np.array_equal(getattr(with_axis, name)[:4], getattr(without, name)[:4]), name
 

@@ -13,13 +13,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.utils import FloatSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import MlpPolicy as SACPolicy
 from test_dreamer_gpld import BOX, RandomSpaces, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.diagnostics.callbacks import SmoothnessCallback
 from sb3_dreamer_gpld.export import export_policy
+from sb3_dreamer_gpld.parallel import Processes
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,19 @@ def test_long_keys_are_printed_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "loss/reconstruction/walker/sensors_velocimeter_left" in header and "velocimeter_right" in header
 
 
+def test_normalised_images_of_floats() -> None:
+    """Their space goes on saying what they were, by which they would be scaled; VecNormalize changes that of uint8 only."""
+    for low, high, dtype, allowed in ((0, 255, np.uint8, True), (0, 1, np.float32, False)):
+        space = spaces.Box(low, high, (16, 16, 1), dtype)
+        env = VecNormalize(DummyVecEnv([lambda space=space: RandomSpaces(space, BOX)]))
+        model = tiny(env, "CnnPolicy", policy_kwargs=dict(normalize_images=False))
+        if allowed:
+            model.learn(3)
+        else:
+            with pytest.raises(ValueError, match="VecNormalize normalises the observation, an image .* from 0 to 1; allowed"):
+                model.learn(3)
+
+
 @pytest.mark.parametrize("own", [None, 1e-3])
 def test_a_schedule_in_place_of_the_models(own: float | None) -> None:
     """``lr_schedule`` holds from the next update on, and over the next run, until ``learning_rate`` changes."""
@@ -97,6 +111,10 @@ def test_a_schedule_in_place_of_the_models(own: float | None) -> None:
     assert [group["lr"] for group in rates] == [1e-5, own][: len(rates)]
     model.learn(20, reset_num_timesteps=False)
     assert rates[0]["lr"] == 1e-5
+    if own is not None:
+        model.actor_learning_rate = 3e-4
+        model.learn(20, reset_num_timesteps=False)
+        assert [group["lr"] for group in rates] == [1e-5, 3e-4]
     model.learning_rate = 2e-4
     model.learn(20, reset_num_timesteps=False)
     assert rates[0]["lr"] == 2e-4
@@ -129,6 +147,10 @@ def test_seeds_of_a_loaded_run(tmp_path: Path) -> None:
     as_saved, one, again, two = going_on(None), going_on(1), going_on(1), going_on(2)
     assert np.array_equal(one, again) and not np.array_equal(one, two) and not np.array_equal(one, as_saved)
     assert np.array_equal(as_saved, going_on(None))
+    two_processes = DreamerGPLD.load(tmp_path / "model", env=DummyVecEnv([make_pendulum]), device="cpu")
+    two_processes.processes = Processes(1, 2)
+    two_processes.set_random_seed(1)
+    assert th.initial_seed() != 1
 
 
 def make_pendulum() -> Any:
@@ -165,10 +187,18 @@ def test_a_logger_of_two_models_stays_open(tmp_path: Path) -> None:
     two.logger.dump(80)
 
 
-def test_noise_of_one_number_for_all_actions() -> None:
-    env = RandomSpaces(BOX, spaces.Box(-1.0, 1.0, (6,)))
-    tiny(env, action_noise=NormalActionNoise(np.zeros(1), 0.0 * np.ones(1))).learn(5)
-    assert np.shape(env.actions[0]) == (6,)
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("envs", [1, 2])
+def test_noise_of_any_shape(shape: tuple[int, ...], envs: int) -> None:
+    """One number for all, one for each in a row, or in the shape of the actions; and the algorithm's own."""
+    size = int(np.prod(shape))
+    for noise_shape in ((1,), (size,), shape or (1,)):
+        env = DummyVecEnv([lambda: RandomSpaces(BOX, spaces.Box(-1.0, 1.0, shape))] * envs)
+        model = tiny(env, "MlpPolicy", action_noise=NormalActionNoise(np.full(noise_shape, -9.0), np.zeros(noise_shape)))
+        model.learn(6)
+        assert (np.array(env.envs[0].actions) == -1.0).all() and np.shape(env.envs[0].actions[0]) == shape
+    env = DummyVecEnv([lambda: RandomSpaces(BOX, spaces.Box(-1.0, 1.0, shape))] * envs)
+    tiny(env, "MlpPolicy", exploration_noise=0.3).learn(6)
 
 
 def test_a_frequency_of_nothing() -> None:

@@ -125,7 +125,7 @@ class EpisodeWriter:
                 "A transition was added whose observation is not the next one of the transition before: the episode is cut "
                 "there, and another one begins. Add the transitions of an episode in their order, those of one environment "
                 "after another, and the last one with done=True",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _shaped_obs(self, name: str, obs: dict[str, Any]) -> dict[str, np.ndarray]:
