@@ -260,7 +260,7 @@ def draw(found: Seeds) -> None:
         range(len(SHOWN)), [MEASURES[name].replace(", ", "\n").replace(" of", "\nof") for name in SHOWN], fontsize=8
     )
     right.set_ylabel("relative to none")
-    right.legend(title="penalty on", fontsize=8, loc="lower right")
+    right.legend(title="penalty on", fontsize=8, loc="upper right")
     left.set_xlabel("penalty on")
     with atomic_file(FIGURE) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Description": drawn_from(found)})
