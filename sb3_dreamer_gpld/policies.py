@@ -67,7 +67,8 @@ class DreamerPolicy(BasePolicy):
     :param action_space: Box, Discrete, MultiDiscrete or MultiBinary
     :param lr_schedule: learning rate as a function of the remaining progress
     :param model_size: a name in :data:`~sb3_dreamer_gpld.config.SIZES`; None: "12m" with images, else "1m"
-    :param net_arch: units of each layer of policy and value: a list for both, or ``dict(pi=[...], vf=[...])``
+    :param net_arch: units of each layer of policy and value: a list for both, or ``dict(pi=[...], vf=[...])``,
+        where ``qf``, as SB3's off-policy algorithms have it, is the same as ``vf``
     :param normalize_images: images are uint8 in [0, 255]; set False for those of other numbers, scaled by the space's
         smallest and largest bound
     :param features_extractor_kwargs: ``features_dim`` (size of the encoder's output) or ``cnn_output_dim`` (the same for
@@ -147,7 +148,7 @@ class DreamerPolicy(BasePolicy):
         if isinstance(self.net_arch, Mapping):
             for name in self.net_arch:
                 if name not in ("pi", "vf", "qf"):
-                    raise ValueError(unknown_name("net_arch entry", name, ("pi", "vf")))
+                    raise ValueError(unknown_name("net_arch entry", name, ("pi", "vf", "qf")))
             value_arch = self.net_arch.get("vf", self.net_arch.get("qf"))
             archs = {"policy_arch": self.net_arch.get("pi"), "value_arch": value_arch}
         else:

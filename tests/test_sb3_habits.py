@@ -39,6 +39,16 @@ def test_entries_of_other_policies_are_explained(entry: dict[str, Any], text: st
         tiny("Pendulum-v1", policy_kwargs=entry)
 
 
+def test_layers_of_policy_and_value() -> None:
+    """By the name of the value in on-policy or in off-policy algorithms."""
+    for name in ("vf", "qf"):
+        critic = tiny("Pendulum-v1", policy_kwargs={"net_arch": {"pi": [8], name: [12, 20]}}).policy.actor_critic
+        widths = [[layer.linear.out_features for layer in net.layers] for net in (critic.policy, critic.value)]
+        assert widths == [[8], [12, 20]]
+    with pytest.raises(ValueError, match="net_arch entry 'pf' does not exist.* Allowed: pi, vf, qf"):
+        tiny("Pendulum-v1", policy_kwargs={"net_arch": {"pf": [8]}})
+
+
 def test_a_policy_of_another_algorithm() -> None:
     with pytest.raises(ValueError, match="policy must be one of 'MlpPolicy', .*, not SACPolicy"):
         tiny("Pendulum-v1", SACPolicy)
