@@ -49,7 +49,8 @@ from sb3_dreamer_gpld.environment_checks import (
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
 from sb3_dreamer_gpld.exploration import correlated_noise, episodes_of
-from sb3_dreamer_gpld.learner import Learner, LearnerConfig, record_all
+from sb3_dreamer_gpld.learner import Learner, LearnerConfig
+from sb3_dreamer_gpld.logs import record_all
 from sb3_dreamer_gpld.nets.actor_critic import Objective
 from sb3_dreamer_gpld.observations import normalized_keys, with_last_observations
 from sb3_dreamer_gpld.pace import (
@@ -277,6 +278,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self.compile = compile
         self._penalty_update = 0  # number of the first update with the penalty; moved on until penalty_start is reached
         self._penalty_waits: int | None = None  # the penalty_start that it was moved on to, which counts once
+        self._scheduled_for: Any = None  # the learning_rate that lr_schedule was made of
         self.update_ratio = UpdateRatio()
         self._steps_without_credit = 0  # stored by a collection that goes on, of this process
         self._normalized: tuple[str, ...] = ()  # keys of observations that a VecNormalize normalised, when it learned last
@@ -360,9 +362,7 @@ class DreamerGPLD(ResumableAlgorithm):
                 f"planner={self.planner!r} has changed since the policy was made; allowed: as it was, or save the model and "
                 "load(path, planner=...)"
             )
-        replaced = self.lr_schedule if self._scheduled_for == self.learning_rate else None  # in place of that of the argument
         self._setup_lr_schedule()
-        self.lr_schedule = self.lr_schedule if replaced is None else replaced
         self._convert_train_freq()
         check_processes(self)
         assert self.replay_buffer is not None
@@ -416,10 +416,11 @@ class DreamerGPLD(ResumableAlgorithm):
         )
 
     def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
-        rates = [self.learning_rate] if self.actor_learning_rate is None else [self.learning_rate, self.actor_learning_rate]
-        self._own_schedules = [FloatSchedule(rate) for rate in rates[1:]]  # of the optimiser's further groups
-        self._scheduled_for = self.learning_rate
+        if self._scheduled_for != self.learning_rate:  # else lr_schedule may be another one, which a callback has put there
+            super()._setup_lr_schedule()
+            self._scheduled_for = self.learning_rate
+        rates = [] if self.actor_learning_rate is None else [self.actor_learning_rate]
+        self._own_schedules = [FloatSchedule(rate) for rate in rates]  # of the optimiser's further groups
 
     def _convert_train_freq(self) -> None:
         super()._convert_train_freq()
@@ -572,7 +573,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
         self._normalized = normalized_keys(self._vec_normalize_env)
-        check_normalized_images(self._normalized, self.policy.observation_spec, self.observation_space)
+        check_normalized_images(self._vec_normalize_env, self.policy.observation_spec, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
@@ -588,7 +589,6 @@ class DreamerGPLD(ResumableAlgorithm):
                     replay_buffer=self.replay_buffer,
                     log_interval=log_interval,
                 )
-            self._steps_without_credit = 0
             if not self._all_go_on(rollout.continue_training):
                 if not rollout.continue_training:
                     self._keep_last_step(callback)
@@ -702,6 +702,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _due_updates(self, steps: int) -> int:
         """Updates to make after ``steps`` environment steps."""
+        self._steps_without_credit = 0
         if not self._can_update():
             return 0
         steps *= self.processes.size

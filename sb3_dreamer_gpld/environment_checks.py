@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_dreamer_gpld.config import ObservationSpec
-from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, spaces_by_key
+from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, normalized_keys, spaces_by_key
 
 
 def lost_processes(env: VecEnv) -> str:
@@ -126,18 +126,19 @@ def check_finite(
                 check(called("terminal observation", key), np.asarray(value)[None], env)
 
 
-def check_normalized_images(keys: Sequence[str], spec: ObservationSpec, space: spaces.Space[Any]) -> None:
+def check_normalized_images(normalize: VecNormalize | None, spec: ObservationSpec, space: spaces.Space[Any]) -> None:
     """Images are scaled by the bounds of their space, which VecNormalize changes for those of uint8 in [0, 255] only.
 
-    :param keys: of what it normalises
+    :param normalize: among the wrappers, if there is one
     :param spec: which observations are images
     :param space: of the observations that the algorithm sees
     :raises ValueError: it normalises an image whose space has the bounds of before
     """
+    keys = normalized_keys(normalize)
     for image in spec.images:
         bounds = spaces_by_key(space)[image.name]
         assert isinstance(bounds, spaces.Box)
-        if image.name in keys and not np.array_equal(bounds.low, -bounds.high):
+        if normalize is not None and image.name in keys and np.any(bounds.high != normalize.clip_obs):
             raise ValueError(
                 f"VecNormalize normalises {called('observation', image.name)}, an image whose space goes on saying that its "
                 f"numbers are from {bounds.low.min():g} to {bounds.high.max():g}; allowed: norm_obs_keys without it"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.nets.distributions import decode_categories
-from sb3_dreamer_gpld.observations import ONLY_KEY, like_space, spaces_by_key
+from sb3_dreamer_gpld.observations import like_space, space_of, spaces_by_key
 from sb3_dreamer_gpld.policies import DreamerPolicy, RecurrentState, uncompiled
 from sb3_dreamer_gpld.saving import atomic_file
 
@@ -202,7 +202,7 @@ def _normalized(policy: DreamerPolicy, keys: Sequence[str]) -> spaces.Space:
         name: spaces.Box(-np.inf, np.inf, space.shape, np.float32) if name in keys else space
         for name, space in spaces_by_key(policy.observation_space).items()
     }
-    return spaces.Dict(made) if isinstance(policy.observation_space, spaces.Dict) else made[ONLY_KEY]
+    return space_of(made, policy.observation_space)
 
 
 def _observation_spaces(policy: DreamerPolicy) -> dict[str, spaces.Space]:

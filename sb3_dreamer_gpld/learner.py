@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from sb3_dreamer_gpld.config import PenaltyConfig
@@ -28,9 +27,6 @@ from sb3_dreamer_gpld.optim import LaProp
 from sb3_dreamer_gpld.parallel import ALONE, Processes
 from sb3_dreamer_gpld.policies import DreamerPolicy
 from sb3_dreamer_gpld.transfer import to_device, to_host
-
-# Inside Stable-Baselines3: letters of a name that its printed table has room for, after three of indent
-PRINTED_LETTERS = 33
 
 
 @dataclass(frozen=True)
@@ -264,21 +260,6 @@ class Learner:
                 values[term.weight_logged_as] = term.weight
         values.update({f"actor_critic/{name}": metric for name, metric in result.metrics.items()})
         return values
-
-
-def record_all(logger: Logger, values: Mapping[str, float]) -> None:
-    """Record values by their names. Of those that a printed table would show by the same shortened name it has the first only.
-
-    :param logger: of Stable-Baselines3, which would raise an error in place of such a table
-    :param values: by name in the log
-    """
-    seen = set()
-    for name, value in values.items():
-        group, _, shown = name.partition("/")
-        if len(shown) > PRINTED_LETTERS:
-            shown = f"{shown[: PRINTED_LETTERS - 3]}..."
-        logger.record(name, value, exclude=("stdout", "log") if (group, shown) in seen else None)
-        seen.add((group, shown))
 
 
 class MetricMeans:

@@ -29,6 +29,11 @@ def like_space(entries: dict[str, Any], space: spaces.Space[Any]) -> Any:
     return entries if isinstance(space, spaces.Dict) else entries[ONLY_KEY]
 
 
+def space_of(entries: dict[str, spaces.Space[Any]], like: spaces.Space[Any]) -> spaces.Space[Any]:
+    """:return: a space of entries by key that is a Dict if ``like`` is one, the reverse of :func:`spaces_by_key`"""
+    return spaces.Dict(entries) if isinstance(like, spaces.Dict) else entries[ONLY_KEY]
+
+
 def with_boxes(space: spaces.Space[Any]) -> spaces.Space[Any]:
     """:return: a space of the same shapes, with a Box for each MultiDiscrete of several dimensions, which SB3 takes
     for one of a single dimension
@@ -39,7 +44,7 @@ def with_boxes(space: spaces.Space[Any]) -> spaces.Space[Any]:
             return spaces.Box(np.zeros(entry.shape, np.int64), entry.nvec.astype(np.int64) - 1, dtype=np.int64)
         return entry
 
-    return spaces.Dict({key: box(entry) for key, entry in space.items()}) if isinstance(space, spaces.Dict) else box(space)
+    return space_of({key: box(entry) for key, entry in spaces_by_key(space).items()}, space)
 
 
 def normalized_keys(normalize: VecNormalize | None) -> tuple[str, ...]:

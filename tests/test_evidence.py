@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import measuring, page, protocol, running, scores
+from benchmarks.evidence import coverage, measuring, page, protocol, running, scores
 from benchmarks.evidence.measuring import EPISODES_OF, MEASURES
 from benchmarks.evidence.protocol import ARMS, FRAMES, NONE, SEEDS, TASKS
 from benchmarks.learning import ladder
@@ -97,6 +97,12 @@ def test_the_interval_of_the_probability_of_improvement() -> None:
         # Between the quantiles a little to either side, since 4000 draws are not all of them
         assert np.quantile(every, 0.49 - size / 2 + 0.005) <= low <= np.quantile(every, 0.51 - size / 2 + 0.005)
         assert np.quantile(every, 0.49 + size / 2 - 0.005) <= high <= np.quantile(every, 0.51 + size / 2 - 0.005)
+
+
+def test_how_often_intervals_hold_the_truth() -> None:
+    """More often with more seeds, and less often than they say."""
+    few, many = (coverage.coverage(seeds, 2, 60) for seeds in (2, 8))
+    assert 0.4 < few[0] < many[0] <= 1.0 and few[0] < 0.9 and min(few[1], many[1]) > 0.8
 
 
 def test_ratios_and_correlations_leave_out_what_was_not_measured() -> None:
