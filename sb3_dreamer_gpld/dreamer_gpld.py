@@ -58,6 +58,7 @@ from sb3_dreamer_gpld.pace import (
     UpdateRatio,
     needs_whole_windows,
     rows_before_updates,
+    show_steps_of_others,
     tell,
     updates_per_step,
     warn_before_updates,
@@ -589,6 +590,7 @@ class DreamerGPLD(ResumableAlgorithm):
                     replay_buffer=self.replay_buffer,
                     log_interval=log_interval,
                 )
+            show_steps_of_others(rollout.episode_timesteps * (self.processes.size - 1), callback)
             if not self._all_go_on(rollout.continue_training):
                 if not rollout.continue_training:
                     self._keep_last_step(callback)

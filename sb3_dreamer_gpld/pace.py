@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,9 +111,25 @@ def tell(text: str | None, callback: BaseCallback, verbose: int) -> None:
         return
     if verbose >= 1:
         print(f"Learning: {text}")
-    for part in getattr(callback, "callbacks", [callback]):
-        if isinstance(part, ProgressBarCallback):
-            part.pbar.set_description(text)
+    for bar in _progress_bars(callback):
+        bar.pbar.set_description(text)
+
+
+def show_steps_of_others(steps: int, callback: BaseCallback) -> None:
+    """Count the steps of other processes in the progress bar, which counts those of this one.
+
+    :param steps: environment steps of all others, since the last time
+    :param callback: of the run
+    """
+    for bar in _progress_bars(callback) if steps else ():
+        bar.pbar.update(steps)
+
+
+def _progress_bars(callback: BaseCallback) -> Iterator[ProgressBarCallback]:
+    if isinstance(callback, ProgressBarCallback):
+        yield callback
+    for part in getattr(callback, "callbacks", ()):
+        yield from _progress_bars(part)
 
 
 def warn_without_room(algorithm: DreamerGPLD) -> None:

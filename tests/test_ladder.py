@@ -183,13 +183,6 @@ def test_confirmation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (folder / "new" / "figure.png").stat().st_size > 10_000
 
 
-def test_the_page_opens_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "RESULTS", RESULTS)
-    published = yaml.safe_load(confirmation.PUBLISHED.read_text())
-    table = "\n".join(confirmation.table(confirmation.ARM, confirmation.SEEDS, published))
-    assert table in (Path(__file__).parents[1] / "docs" / "learning.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

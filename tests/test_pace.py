@@ -96,8 +96,10 @@ def test_the_progress_bar_shows_the_pace() -> None:
 
     progress = ProgressBarCallback()
     progress.pbar = Bar()
-    tell("2 updates per second", CallbackList([CheckpointCallback(10, "nowhere"), progress]), verbose=0)
-    assert progress.pbar.text == "2 updates per second"
+    for callback in (progress, CallbackList([CallbackList([CheckpointCallback(10, "nowhere"), progress])])):
+        progress.pbar.text = ""
+        tell("2 updates per second", callback, verbose=0)
+        assert progress.pbar.text == "2 updates per second"
 
 
 @pytest.mark.parametrize("gradient_steps", [None, 1])

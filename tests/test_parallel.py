@@ -122,8 +122,10 @@ except ValueError as error:
     assert "batch_size=3 cannot be divided among 2 processes; allowed: multiples of 2" in str(error)
 else:
     raise AssertionError
-calls = []
-model.learn(100, callback=lambda local, _: calls.append(model.num_timesteps) or True)
+from stable_baselines3.common.callbacks import ConvertCallback, ProgressBarCallback
+calls, bar = [], ProgressBarCallback()
+model.learn(100, callback=[ConvertCallback(lambda local, _: calls.append(model.num_timesteps) or True), bar])
+assert rank != 0 or bar.pbar.n == bar.pbar.total == 100, bar.pbar.n
 assert model.num_timesteps == 100 and len(model.replay_buffer.actions[:]) >= 50
 assert calls == (list(range(2, 101, 2)) if rank == 0 else [])
 assert model._n_updates >= 20, model._n_updates
