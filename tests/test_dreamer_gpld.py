@@ -204,20 +204,53 @@ def test_gradient_steps_overrule_the_train_ratio() -> None:
     assert tiny(env, "MlpPolicy", buffer_size=1, learning_starts=0, gradient_steps=1).learn(6)._n_updates > 0
 
 
-def test_latents_are_refreshed() -> None:
-    model = tiny(RandomSpaces(BOX, BOX), learning_starts=1000).learn(40)
+def test_a_window_starts_with_the_stored_latent() -> None:
+    model = tiny(RandomSpaces(BOX, BOX), train_ratio=0.0).learn(40)
     assert model.replay_buffer is not None
-    before = model.replay_buffer.deter.copy()
-    model.train(3, 4)
-    assert (model.replay_buffer.deter[:40] != before[:40]).any()
+    samples = model.replay_buffer.sample(16)
+    batch = model.policy.to_batch(samples)
+    assert samples.deter.any() and th.equal(batch.deter, samples.deter)
+    known = samples.stoch >= 0  # (B, K); of no latent −1
+    assert known.any() and not known.all()
+    assert th.equal(batch.stoch.sum(-2), known.float()) and th.equal(batch.stoch.argmax(-2)[known], samples.stoch[known])
+
+
+def test_latents_are_refreshed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of an update's windows have its states then: the sampled classes, and the deterministic part that led there."""
+    model = tiny(RandomSpaces(BOX, BOX), train_ratio=0.0).learn(40)
+    buffer, sample, update = model.replay_buffer, model.replay_buffer.sample, model.learner.update  # type: ignore[union-attr]
+    kept: list[Any] = []
+    monkeypatch.setattr(buffer, "sample", lambda *args, **kwargs: kept.append(sample(*args, **kwargs)) or kept[-1])
+    monkeypatch.setattr(model.learner, "update", lambda *args: kept.append(update(*args)) or kept[-1])
+    model.train(1, 4)
+    assert buffer is not None
+    samples, states = kept
+    expected = {}  # of a row that is in several windows, that of the last one
+    for b, (env, start) in enumerate(zip(samples.envs, samples.starts, strict=True)):
+        for t in range(states.deter.shape[1]):
+            expected[start + t, env] = states.deter[b, t].numpy(), states.stoch[b, t].argmax(-2).numpy()
+    assert len(expected) >= 8
+    for row, (deter, classes) in expected.items():
+        np.testing.assert_array_equal(buffer.deter[row], deter)
+        np.testing.assert_array_equal(buffer.stoch[row], classes)
 
 
 def test_vec_normalize_and_frame_stack() -> None:
     env = VecNormalize(make_vec_env("Pendulum-v1", 2))
     model = tiny(env, "MlpPolicy").learn(80)
-    assert model._n_updates > 0 and model.replay_buffer is not None
-    assert np.abs(model.replay_buffer.observations[:, :, 2]).max() > 1.5  # unnormalised velocities
+    assert model._n_updates > 0
     assert tiny(VecFrameStack(make_vec_env("Pendulum-v1", 2), 3), "MlpPolicy").learn(80)._n_updates > 0
+
+
+def test_features_extractor_kwargs_are_sizes_of_the_encoder() -> None:
+    image, units = spaces.Box(0, 255, (3, 16, 16), np.uint8), tiny("Pendulum-v1").policy.config.units
+    for space, given, size in (
+        (BOX, {"features_dim": 24}, 24),
+        (image, {"features_dim": 24}, 24),
+        (spaces.Dict({"x": BOX, "image": image}), {"cnn_output_dim": 8}, units + 8),
+    ):
+        model = tiny(RandomSpaces(space, BOX), policy_kwargs={"features_extractor_kwargs": given})
+        assert model.policy.world_model.encoder.size == size
 
 
 def test_subprocesses() -> None:
@@ -271,6 +304,31 @@ def test_deterministic_predict_draws_nothing() -> None:
     np.testing.assert_array_equal(*actions)
     assert th.equal(generators[0], th.get_rng_state()) and (generators[1] == np.random.get_state()[1]).all()
     assert not np.array_equal(model.predict(observation)[0], model.predict(observation)[0])
+
+
+def test_latents_and_actions_are_sampled() -> None:
+    """Classes as often as they are probable, and actions with the deviation around the mean that each latent gives."""
+    n, model = 4000, tiny("Pendulum-v1")
+    policy, observation = model.policy, np.ones((n, 3), dtype=np.float32)
+    th.nn.init.normal_(policy.world_model.rssm.posterior.output.parts[0].weight)  # far from equal probabilities
+    th.manual_seed(0)
+    _, state = model.predict(observation, episode_start=np.ones(n, dtype=bool))
+    assert state is not None
+    deter, stoch, actions = map(th.as_tensor, state)  # (n, D), (n, C, K), (n, 1)
+    with th.no_grad():
+        tokens = policy.world_model.encode({"": th.as_tensor(observation)}, (n, 1)).squeeze(1)
+        rssm = policy.world_model.rssm
+        probs = rssm.probabilities(rssm.posterior_logits(th.cat([deter, tokens], -1)))[0]  # (C, K)
+        outputs = policy.actor_critic.policy(th.cat([deter, stoch.flatten(1)], -1))
+        mean, std = policy.actor_critic.distribution.parameters(outputs)  # type: ignore[union-attr]
+    assert (probs.max(0).values - probs.min(0).values).min() > 0.1
+    error = (stoch.mean(0) - probs).abs() / (probs * (1 - probs) / n).sqrt()
+    assert error.max() < 4.5
+    inside = actions.abs() < 1
+    clipped = 1 - th.distributions.Normal(mean, std).cdf(th.ones(())) + th.distributions.Normal(mean, std).cdf(-th.ones(()))
+    assert 1 - inside.float().mean() == pytest.approx(clipped.mean().item(), abs=0.03)
+    middle = ((actions - mean).abs() < 0.5 * std) & inside
+    assert middle.float().mean().item() == pytest.approx(0.383, abs=0.03)  # of a normal distribution
 
 
 def test_evaluation_leaves_the_collecting_state_alone() -> None:

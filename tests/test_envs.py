@@ -278,6 +278,16 @@ def test_dmc_pixels() -> None:
 
 
 @pytest.mark.usefixtures("rendering")
+def test_dmc_videos_have_the_camera_that_is_asked_for() -> None:
+    frames: list[Any] = []
+    for camera_id in (0, 1):
+        env = make_dmc("walker-walk", render_mode="rgb_array", camera_id=camera_id)
+        env.reset(seed=1)
+        frames.append(env.render())
+    assert not np.array_equal(*frames)
+
+
+@pytest.mark.usefixtures("rendering")
 def test_dmc_pixels_and_videos_have_their_own_sizes() -> None:
     env = make_dmc("cartpole-swingup", pixels=True, size=(32, 32), render_mode="rgb_array")
     obs, _ = env.reset(seed=0)

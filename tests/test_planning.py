@@ -161,6 +161,43 @@ def test_deterministic_plans_are_a_function_of_their_input(model: DreamerGPLD) -
         np.testing.assert_allclose(alone, actions[i], atol=1e-5)
 
 
+@pytest.mark.parametrize("std", [0.0, 0.1])
+def test_a_sampled_plan_is_an_elite_by_its_weight_plus_noise(std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first action of the elite, with the plan's standard deviation there."""
+    n, actions = 4000, th.tensor([0.5, -0.5, 0.1])
+    planner = Planner(PlannerConfig(**SMALL))
+    elites = actions.view(1, 3, 1, 1) * th.tensor([1.0, 0.3, 0.1]).view(1, 1, 3, 1).expand(n, 1, 3, 1)  # (E, M, H, A)
+    plan = th.full((n, 3, 1), 0.7), th.tensor([std, 9.0, 9.0]).view(1, 3, 1).expand(n, 3, 1)
+    found = *plan, elites, th.tensor([0.2, 0.8, 0.0]).expand(n, 3)
+    monkeypatch.setattr(planner, "improve", lambda *_: found)
+    nets = tiny(RandomSpaces(BOX, spaces.Box(-1, 1, (1,)))).policy
+    state = nets.initial_state(n)
+    th.manual_seed(0)
+    with th.no_grad():
+        action, mean = planner.plan(
+            nets.world_model, nets.actor_critic, state.deter, state.stoch.flatten(1), plan[0], th.ones(n, dtype=th.bool), False
+        )
+    assert th.equal(mean, plan[0])
+    first, second = (action - 0.5).abs() < 0.45, (action + 0.5).abs() < 0.45
+    assert (first ^ second).all() and first.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    for near, at in ((first, 0.5), (second, -0.5)):
+        assert action[near].mean().item() == pytest.approx(at, abs=0.02)
+        assert action[near].std().item() == pytest.approx(std, abs=0.01)
+
+
+def test_each_iteration_of_a_plan_has_draws_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, seen = Planner(PlannerConfig(**SMALL)), []
+    nets = tiny(box_env()).policy
+    monkeypatch.setattr(planner, "returns", lambda *args: seen.append(args[-1]) or th.zeros(len(args[2])))
+    state = nets.initial_state(1)
+    with th.no_grad():
+        planner.plan(
+            nets.world_model, nets.actor_critic, state.deter, state.stoch.flatten(1), th.zeros(1, 3, 3), th.ones(1) > 0, True
+        )
+    assert len(seen) == 3 and not th.equal(seen[0], seen[1]) and not th.equal(seen[1], seen[2])
+    assert all(th.equal(each[:, :1].expand_as(each), each) for each in seen)  # common to the sequences that are compared
+
+
 def test_sampled_plans_differ_and_repeat_with_a_seed(model: DreamerGPLD) -> None:
     x, actions = observations(1)[0], []
     for seed in (0, 1, 0):

@@ -106,6 +106,7 @@ model.learn({steps}, reset_num_timesteps=False).save("resumed")
             },
         ),
         (1, {"policy_kwargs": {"reconstruction": "redundancy", "redundancy_weight": 0.1}, "prior_penalty": 0.3}),
+        (1, {"penalty_start": 100, "penalty_schedule": "linear"}),
         (
             1,
             {
@@ -140,6 +141,7 @@ def test_resume_in_a_new_process_is_exact(n_envs: int, kwargs: dict[str, Any], o
     resumed = DreamerGPLD.load(tmp_path / "resumed", device="cpu")
     assert_same(whole, resumed)
     assert resumed._n_updates > stopped._n_updates
+    assert resumed.penalty.start == whole.penalty.start and (whole.penalty.start > 0) == ("penalty_start" in kwargs)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sb3_dreamer_gpld.nets.actor_critic import ENT_COEF_RATE, ActorCritic, Objec
 from sb3_dreamer_gpld.nets.distributions import BoundedNormal, MultiCategorical
 from sb3_dreamer_gpld.nets.layers import Head
 from sb3_dreamer_gpld.nets.rssm import States
+from sb3_dreamer_gpld.nets.steps import Runner
 from sb3_dreamer_gpld.nets.world_model import Batch, WorldModel
 from sb3_dreamer_gpld.policies import MlpPolicy
 
@@ -152,12 +153,25 @@ def test_gradients_are_on_again_after_an_error(monkeypatch: pytest.MonkeyPatch) 
     assert all(p.requires_grad for p in case.world_model.parameters())
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.5, 1.0])
 def test_losses_of_the_values_do_not_depend_on_the_actors_gradient(share: float) -> None:
     case = Case()
     found, expected = case.loss(dynamics=share)[0], case.loss()[0]
     for name in ("value", "replay_value"):
         th.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("rows, together", [(1, 1), (2 * B * T, 3)])
+def test_rollouts_in_parts_are_those_in_one(share: float, rows: int, together: int) -> None:
+    """As they are imagined and predicted with batches of the usual size: a few steps, or one, at a time."""
+    case = Case()
+    whole, gradient = case.loss(dynamics=share)[0], case.policy_gradient(dynamics=share)
+    case.actor_critic.runner = Runner(chunk_rows=rows, imagined_together=together)
+    for name, loss in case.loss(dynamics=share)[0].items():
+        th.testing.assert_close(loss, whole[name], rtol=1e-10, atol=1e-12)
+    for found, expected in zip(case.policy_gradient(dynamics=share), gradient, strict=True):
+        th.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("actions", [BOX, CHOICE])
@@ -347,3 +361,13 @@ def test_policy_penalty_is_of_the_starts_alone() -> None:
     assert penalty.shape == (B, 2)
     (of_states,) = th.autograd.grad(penalty.sum(), [case.states.deter], allow_unused=True)
     assert of_states is None  # the world model is not moved by it
+
+
+def test_policy_penalty_is_never_in_half_precision() -> None:
+    case = Case()
+    critic, features = case.actor_critic.float(), case.states.features.detach().flatten(0, 1).float()
+    outputs = critic.policy(features)
+    inputs = features, outputs, critic.distribution.sample(outputs, case.draws.action[0].float())
+    with th.autocast("cpu", th.bfloat16):
+        found = critic.policy_sensitivity(*inputs)
+    assert th.equal(found, critic.policy_sensitivity(*inputs))

@@ -345,6 +345,18 @@ def test_parity(recording: Recording) -> None:
         if key in recording.arrays:
             assert result.terms[f"{kind}_penalty"].weight == pytest.approx(float(recording[key]), rel=LOSS_TOLERANCE)
 
+    returns = recording.tensor("rec/imag.ret")
+    low, high = (float(recording[f"updated_state/retnorm_{end}"]) for end in ("lo", "hi"))
+    logged = {
+        "imagined_reward": recording.tensor("rec/imag.rew").mean().item(),
+        "imagined_continue": recording.tensor("rec/imag.con").mean().item(),
+        "imagined_return": returns.mean().item(),
+        "value": recording.tensor("rec/imag.value").mean().item(),
+        "return_scale": max(1.0, high - low),
+    }
+    for name, value in logged.items():
+        assert result.metrics[name].item() == pytest.approx(value, rel=LOSS_TOLERANCE, abs=1e-6), name
+
     gradients: dict[str, th.Tensor] = {}
     hooks = [
         p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.__setitem__(name, p.grad.clone()))
@@ -355,6 +367,8 @@ def test_parity(recording: Recording) -> None:
     for hook in hooks:
         hook.remove()
     recorded_gradients = recording.parameters("grad/")
+    norm = float(np.sqrt(sum(gradient.double().square().sum().item() for gradient in recorded_gradients.values())))
+    assert model.learner.metrics.means()["train/grad_norm"] == pytest.approx(norm, rel=TENSOR_TOLERANCE)
     _, rounding = exact_gradients(recording)
     assert set(gradients) == set(recorded_gradients) == set(rounding)
     for name, gradient in recorded_gradients.items():
