@@ -38,6 +38,23 @@ def lost_processes(env: VecEnv) -> str:
     return f"{' and '.join(ended)}; an error of its own is printed above" if ended else ""
 
 
+def end_processes(env: VecEnv) -> None:
+    """End what is left of a SubprocVecEnv of which a process has ended, whose ``close`` would wait for an answer for good.
+
+    :param env: of which :func:`lost_processes` has found one; closing it does nothing afterwards
+    """
+    unwrapped = env.unwrapped
+    assert isinstance(unwrapped, SubprocVecEnv)
+    for remote in unwrapped.remotes:
+        remote.close()
+    for process in unwrapped.processes:
+        process.terminate()
+    for process in unwrapped.processes:
+        process.join(5.0)
+        process.kill()
+    unwrapped.waiting, unwrapped.closed = False, True
+
+
 def blamed_environment(error: BaseException, env: VecEnv) -> str:
     """Tell which environment an error came from; SB3 keeps that to the local variables of its loops.
 
@@ -71,14 +88,16 @@ def _wrong_shape(observation: Any, space: spaces.Space[Any]) -> str:
 def naming_environments(algorithm: BaseAlgorithm) -> Iterator[None]:
     """Errors of an algorithm's environments say which one it was: as a note, from Python 3.11 on.
 
-    :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it
+    :raises RuntimeError: in place of a broken connection to an environment whose process ended; names it. The other processes
+        are ended, too
     """
     try:
         yield
     except (EOFError, ConnectionError) as error:
         lost = "" if algorithm.env is None else lost_processes(algorithm.env)
-        if not lost:
+        if not lost or algorithm.env is None:
             raise
+        end_processes(algorithm.env)
         raise RuntimeError(f"At step {algorithm.num_timesteps} {lost}") from error
     except Exception as error:
         blamed = "" if algorithm.env is None else blamed_environment(error, algorithm.env)

@@ -146,7 +146,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _tell_the_others(self, method: str, path: Any) -> None:
         """Remember to tell the other processes of a method that only the first one has called, in a callback."""
-        if self.processes.size > 1:
+        if self.processes.size > 1 and not isinstance(path, io.BufferedIOBase):  # an open file is of this process alone
             self._saved.append((method, path))
 
     def _save_shares(self, saved: Iterable[tuple[str, Any]]) -> None:

@@ -5,6 +5,7 @@ All are run with rows on the host and with rows on the device, which is the proc
 
 import copy
 import pickle
+import tracemalloc
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -909,6 +910,45 @@ def test_arrays_grow_with_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> Non
             for _ in range(40):
                 driver.add([STEP, DONE])
     assert driver.buffer.stored_rows().max() == 63 and driver.buffer.sample(4).rewards.shape == (4, 3)
+
+    lengthened, left = replay.rows._lengthened, [2]
+
+    def little_memory(array: np.ndarray, rows: int) -> np.ndarray:
+        left[0] -= 1
+        return lengthened(array, rows) if left[0] >= 0 else no_memory(array, rows)
+
+    with monkeypatch.context() as patch:  # two arrays are lengthened, the others not: nothing is lost, and they are later
+        patch.setattr(replay.rows, "_lengthened", little_memory)
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="holds 128 of"):
+                driver.add([STEP, DONE])
+    stored = int(driver.buffer.stored_rows().min())
+    before = driver.buffer.rewards[:stored].copy()
+    driver.add([STEP, DONE])
+    assert {len(x) for x in [*driver.buffer.observations.values(), driver.buffer.rewards, driver.buffer.deter]} == {128}
+    np.testing.assert_array_equal(driver.buffer.rewards[:stored], before)
+
+
+@host_only
+def test_arrays_grow_one_at_a_time() -> None:
+    """Those of a loaded buffer at its first step: all are as long as what was stored."""
+    sizes = {"deter": 64, "stoch": 8, "classes": 4, "batch_length": 4}
+    buffer = SequenceReplayBuffer(100_000, spaces.Box(-1, 1, (64,)), spaces.Box(-1, 1, (64,)), n_envs=1, **sizes)
+    numbers = np.zeros((1, 64), np.float32)
+    transition = numbers, numbers, numbers, np.zeros(1), np.zeros(1), [{}]
+    for _ in range(2000):
+        buffer.add(*transition)
+    saved = pickle.dumps(buffer)
+    del buffer
+    tracemalloc.start()
+    loaded = pickle.loads(saved)
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    loaded.add(*transition)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after > 1.9 * before  # twice as long
+    assert peak < after + 0.5 * before  # three arrays are as large as that, and one of them is there twice
 
 
 def test_load_then_reset_closes_the_open_episode() -> None:

@@ -127,13 +127,10 @@ class Kill(BaseCallback):
         return True
 
 
-def stop(env: SubprocVecEnv) -> None:
-    """What ``close`` does, for an environment of which a process is gone."""
-    for process in env.processes:
-        process.kill()
-        process.join()
-    for remote in env.remotes:
-        remote.close()
+def close(env: SubprocVecEnv) -> None:
+    """All processes are gone with the one that was lost: ``close`` would wait for the others' answer for good."""
+    assert env.closed and not any(process.is_alive() for process in env.processes)
+    env.close()
 
 
 def test_a_process_that_is_killed(tmp_path: Path) -> None:
@@ -144,7 +141,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
             model.learn(100, callback=[CheckpointCallback(20, str(tmp_path), save_replay_buffer=True), Kill(1)])
         assert isinstance(info.value.__cause__, (EOFError, ConnectionError))
     finally:
-        stop(env)
+        close(env)
     check_saved_before(model, tmp_path, 40)
 
 
@@ -156,7 +153,7 @@ def test_an_error_in_a_process() -> None:
         ):
             tiny(env, "MultiInputPolicy").learn(100)
     finally:
-        stop(env)
+        close(env)
 
 
 def test_an_error_in_a_process_at_its_first_reset() -> None:
@@ -165,7 +162,7 @@ def test_an_error_in_a_process_at_its_first_reset() -> None:
         with pytest.raises(RuntimeError, match="At step 0 the process of environment 1 ended with code 1; an error"):
             tiny(env, "MultiInputPolicy").learn(100)
     finally:
-        stop(env)
+        close(env)
 
 
 def test_a_wrong_shape_from_a_process() -> None:

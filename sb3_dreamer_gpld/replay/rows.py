@@ -142,19 +142,20 @@ class Rows:
         :raises MemoryError: the memory is full; the rows stored so far are kept
         """
         observations, arrays = self._memory()
-        allocated, rows = len(arrays["rewards"]), int(self.added.max()) + more
+        # After one that failed, the arrays are of different lengths
+        allocated, rows = min(map(len, [*observations.values(), *arrays.values()])), int(self.added.max()) + more
         if min(rows, self.capacity) <= allocated:
             return
         wanted = min(max(rows, 2 * allocated), self.capacity)
         try:
-            observations = {key: _lengthened(array, wanted) for key, array in observations.items()}
-            arrays = {name: _lengthened(array, wanted) for name, array in arrays.items()}
+            for group in (observations, arrays):
+                for name in group:  # one at a time, so that only one is there twice
+                    group[name] = _lengthened(group[name], wanted)
         except MemoryError as error:
             raise MemoryError(
                 f"The replay buffer holds {allocated * self.n_envs:,} of {self.capacity * self.n_envs:,} rows, and there "
                 "is no memory for more; use a smaller buffer_size"
             ) from error
-        self._observations, self._arrays = observations, arrays
 
     def filled(self) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
         """:return: observations by key, and all other arrays by name, (rows, E, *shape), as far as filled; None: nothing is"""
@@ -258,7 +259,9 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def _lengthened(array: np.ndarray, rows: int) -> np.ndarray:
-    """Put an array (filled, E, ...) at the beginning of a new one (rows, E, ...)."""
+    """Put an array (filled, E, ...) at the beginning of a new one (rows, E, ...), if it is shorter than that."""
+    if len(array) >= rows:
+        return array
     longer = np.zeros((rows, *array.shape[1:]), dtype=array.dtype)
     longer[: len(array)] = array
     return longer
