@@ -562,9 +562,8 @@ class DreamerGPLD(ResumableAlgorithm):
         if not self._custom_logger and "_logger" in self.__dict__ and self._logger not in _HANDED_ON:
             self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
         with naming_environments(self), self._first_observations():
-            total_timesteps, callback = self._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-            )
+            begins = reset_num_timesteps or self.num_timesteps == 0  # SB3 would go on with the logs of another run
+            total_timesteps, callback = self._setup_learn(total_timesteps, callback, begins, tb_log_name, progress_bar)
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
         if reset_num_timesteps:
             self._renew_exploration()

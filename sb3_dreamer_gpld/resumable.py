@@ -27,7 +27,7 @@ from sb3_dreamer_gpld.saving import FORMAT_VERSION, atomic_file, check_model_fil
 
 STATISTICS = ("obs_rms", "ret_rms", "returns")  # of VecNormalize, which has only those that it uses
 # What save_run writes, and what a process that was killed in it left behind
-RUN_FILE = re.compile(r"\.?run_(\d+)_steps(_vecnormalize|_monitors)?(\.rank\d+)?\.(zip|pkl|pt|json)(\.part)?")
+RUN_FILE = re.compile(r"\.?run_(\d+)_steps(_vecnormalize|_monitors|_evaluations)?(\.rank\d+)?\.(zip|pkl|pt|json|npz)(\.part)?")
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="ResumableAlgorithm")
 
@@ -63,9 +63,32 @@ def _steps_of_run(file: Path) -> int:
     return int(file.stem[4:-6])
 
 
-def steps_saved(folder: Path) -> int:
-    """Environment steps of the run that :meth:`ResumableAlgorithm.save_run` saved last in a folder; 0: none."""
-    return max(map(_steps_of_run, _saved_runs(folder)), default=0)
+def steps_saved(folder: Path, processes: Processes = ALONE) -> int:
+    """Environment steps of the run that :meth:`ResumableAlgorithm.load_run` would load from a folder; 0: none.
+
+    :raises FileNotFoundError: as there
+    """
+    file = _newest_run(folder, processes)
+    return 0 if file is None else _steps_of_run(file)
+
+
+def _newest_run(folder: Path, processes: Processes) -> Path | None:
+    """The model's file of the run that was saved last and of which all processes have all files; None: nothing was saved.
+
+    :raises FileNotFoundError: of every run in the folder a file is missing; names one
+    """
+    missing = None
+    for file in processes.told_by_first(sorted(_saved_runs(folder), key=_steps_of_run, reverse=True)):
+        absent = [part for part in _files_of_run(file, processes) if not part.is_file()]
+        missing = missing or (absent[0] if absent else None)
+        if processes.sums([len(absent)])[0] == 0:
+            return Path(file)
+    if processes.sums([missing is not None])[0]:
+        raise FileNotFoundError(
+            f"{folder} has no saved run with the files of all {processes.size} processes; {missing or 'those of another'} "
+            "is missing. Allowed: as many processes as the run was saved with"
+        )
+    return None
 
 
 def _statistics_of_run(file: Path) -> Path:
@@ -282,29 +305,20 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`; or the run was saved with VecNormalize, and
             ``env`` is without it, or the other way round
         """
-        processes, missing = current(), None
-        files = processes.told_by_first(sorted(_saved_runs(Path(folder)), key=_steps_of_run, reverse=True))
-        for file in files:
-            absent = [part for part in _files_of_run(file, processes) if not part.is_file()]
-            missing = missing or (absent[0] if absent else None)
-            if processes.sums([len(absent)])[0] == 0:
-                model = cls.load(file, env, device, **kwargs)
-                model.load_replay_buffer(file.with_suffix(".pkl"))
-                normalize, statistics = model.get_vec_normalize_env(), _statistics_of_run(file)
-                if (normalize is not None) != statistics.is_file():
-                    was, now = ("with", "without") if normalize is None else ("without", "with")
-                    raise ValueError(f"{file} was saved {was} VecNormalize, and env is {now} it; allowed: {was} it, as before")
-                if normalize is not None:
-                    for name, value in pickle.loads(statistics.read_bytes()).items():
-                        setattr(normalize, name, value)
-                    model._counted_first = True
-                return model
-        if processes.sums([missing is not None])[0]:
-            raise FileNotFoundError(
-                f"{folder} has no saved run with the files of all {processes.size} processes; {missing or 'those of another'} "
-                "is missing. Allowed: as many processes as the run was saved with"
-            )
-        return None
+        file = _newest_run(Path(folder), current())
+        if file is None:
+            return None
+        model = cls.load(file, env, device, **kwargs)
+        model.load_replay_buffer(file.with_suffix(".pkl"))
+        normalize, statistics = model.get_vec_normalize_env(), _statistics_of_run(file)
+        if (normalize is not None) != statistics.is_file():
+            was, now = ("with", "without") if normalize is None else ("without", "with")
+            raise ValueError(f"{file} was saved {was} VecNormalize, and env is {now} it; allowed: {was} it, as before")
+        if normalize is not None:
+            for name, value in pickle.loads(statistics.read_bytes()).items():
+                setattr(normalize, name, value)
+            model._counted_first = True
+        return model
 
     @contextlib.contextmanager
     def _first_observations(self) -> Iterator[None]:

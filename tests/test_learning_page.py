@@ -11,7 +11,7 @@ import yaml
 pytest.importorskip("dm_control")
 pytest.importorskip("rl_zoo3")
 
-from benchmarks.learning import confirmation, draw, ladder  # noqa: E402
+from benchmarks.learning import confirmation, draw, ladder, run  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
@@ -76,6 +76,21 @@ def test_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (tmp_path / "learning_p3-walker.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "| walker-walk | seeds |" in printed and "| 0.1 | DreamerV3 + GPLD | 3,000 | 2.8 to 3.1 |" in printed
+
+
+def test_a_stopped_run_is_not_begun_anew_over_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    results = {"p1_gpld_0_returns.csv": 10_000, "p1_gpld_1_returns.csv": 30_000}
+    for name, frames in results.items():
+        (tmp_path / name).write_text(f"frames,episode_return,seconds\n{frames},40.0,9\n")
+    monkeypatch.setattr("sys.argv", ["run", "p1", "--arms", "gpld", "--seeds", "0", "1", "--runs", str(tmp_path / "runs")])
+    assert run.main() == 1
+    printed = capsys.readouterr().out
+    assert "p1_gpld_0_returns.csv would go on, and beginning it anew would overwrite its results. Allowed:" in printed
+    assert "p1 gpld 1: is finished" in printed
+    assert {path.name: int(path.read_text().split()[1].split(",")[0]) for path in tmp_path.glob("*.csv")} == results
 
 
 def test_every_result_is_in_the_confirmation() -> None:

@@ -270,8 +270,11 @@ def run_all(jobs: Sequence[Job], workers: int, folder: Path) -> int:
         slots.put(slot)
         return status
 
+    missing = [job for job in jobs if not job.finished]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished, and left alone", flush=True)
     with ThreadPoolExecutor(workers) as pool:
-        return sum(status != 0 for status in pool.map(start, [job for job in jobs if not job.finished]))
+        return sum(status != 0 for status in pool.map(start, missing))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

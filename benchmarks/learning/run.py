@@ -63,6 +63,7 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
     :param seed: of everything
     :param folder: of the checkpoints
     :param compile: as in DreamerGPLD
+    :raises FileNotFoundError: it was stopped, and its checkpoint is not there
     """
     stem = f"{name}_{arm}_{seed}"
     returns_file, losses_file = RESULTS / f"{stem}_returns.csv", RESULTS / f"{stem}_losses.csv"
@@ -76,6 +77,11 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
         assert model.env is not None
         model.env.seed(1000 * seed + model.num_timesteps)  # not the first episode's start again
     else:
+        if returns_file.exists():
+            raise FileNotFoundError(
+                f"{checkpoint} is missing, from which the run of {returns_file.name} would go on, and beginning it anew would "
+                f"overwrite its results. Allowed: other --arms or --seeds, or move {stem}_*.csv away first"
+            )
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         model = make_model(protocol, arm, seed, compile)  # type: ignore[assignment]
     frames = ACTION_REPEAT * model.num_timesteps
@@ -109,7 +115,8 @@ def finished(name: str, protocol: Protocol, arm: str, seed: int) -> bool:
     return bool(rows) and int(rows[-1]["frames"]) >= protocol.frames
 
 
-def main() -> None:
+def main() -> int:
+    """:return: exit status, 1 if a run could not go on"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=tuple(PROTOCOLS))
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="default: all of the protocol")
@@ -121,10 +128,18 @@ def main() -> None:
     th.set_num_threads(args.threads)
     protocol = PROTOCOLS[args.protocol]
     RESULTS.mkdir(exist_ok=True)
+    status = 0
     for seed in args.seeds or protocol.seeds:
         for arm in args.arms or protocol.arms:
-            if not finished(args.protocol, protocol, arm, seed):
+            if finished(args.protocol, protocol, arm, seed):
+                print(f"{args.protocol} {arm} {seed}: is finished, and left alone")
+                continue
+            try:
                 run(args.protocol, protocol, arm, seed, args.runs, args.compile)
+            except FileNotFoundError as error:
+                print(error)
+                status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -59,13 +59,14 @@ def _train(args: list[str], command: str = "train") -> None:
 
     folder, args = take(args, "--run-folder")
     every, args = take(args, "--save-run", type=int)
+    seed, _ = take(args, "--seed", type=int)
     if not asks_for_help(args):
         args = _prepare_training(args, evaluates=command == "train")
         if every is not None and every < 1:
             fail(f"--save-run {every}: allowed are whole numbers of steps, at least 1")
     elif command == "train":
         print(TRAIN_OPTIONS)
-    with given_arguments(command, args), goes_on(folder, every):
+    with given_arguments(command, args), goes_on(folder, every, seed):
         train()
 
 

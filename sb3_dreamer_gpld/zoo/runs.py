@@ -9,9 +9,11 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import json
-import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +23,7 @@ import rl_zoo3.train
 import yaml
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -31,8 +33,8 @@ from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file, staged
 from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
-from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
-from sb3_dreamer_gpld.zoo.sweep import whole_lines
+from sb3_dreamer_gpld.zoo.evaluations import EVALUATIONS, NoteBest, restore_evaluations
+from sb3_dreamer_gpld.zoo.sweep import episodes_in, whole_lines
 
 try:
     import fcntl
@@ -49,18 +51,21 @@ class Experiment(ExperimentManager):
 
     :param folder: of the run, where a saved one goes on; None: a new one, as rl_zoo3 chooses it
     :param every: environment steps between two times that the run is saved; None: it is not saved before its end
+    :param asked_seed: that the command names; None: none, and rl_zoo3 has drawn one
     """
 
-    def __init__(self, *args: Any, folder: str | None, every: int | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, folder: str | None, every: int | None, asked_seed: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.processes = parallel.current()
-        self.folder, self.every = folder, every
+        self.folder, self.every, self.asked_seed = folder, every, asked_seed
         if folder is not None and self.processes.is_first:
             self._lock = lock(Path(folder))
         self.save_path = self.processes.told_by_first(folder or self.save_path)
         self.params_path = f"{self.save_path}/{self.env_name}"
         self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
-        self.saved = 0 if folder is None else steps_saved(Path(folder))
+        self.saved = 0 if folder is None else steps_saved(Path(folder), self.processes)
         if folder is not None:
             self._check_folder(Path(folder))
         self.done = self.total = 0  # steps that the run had made when it was saved, and all that it shall make
@@ -84,7 +89,7 @@ class Experiment(ExperimentManager):
         for callback in self.callbacks:
             callback.n_calls = self.done // self.n_envs
             if isinstance(callback, EvalCallback):
-                restore_evaluations(callback, self.done)
+                restore_evaluations(callback, self.done, saved_evaluations(Path(self.folder), self.done))
         return model, hyperparams
 
     @property
@@ -112,10 +117,12 @@ class Experiment(ExperimentManager):
         if others:
             name = others[0].relative_to(folder)
             fail(f"--run-folder {folder}: the run there is of {name}, not of {self.env_name}. Allowed: another folder")
-        if not self.saved and (folder / FINISHED).exists():
+        finished = int((folder / FINISHED).read_text()) if (folder / FINISHED).exists() else 0
+        if finished > self.saved:
+            last = f"what was saved last is of step {self.saved}" if self.saved else "nothing was saved"
             fail(
-                f"--run-folder {folder}: the run there is finished, and nothing was saved that it could go on from, so that "
-                "it would be overwritten. Allowed: another folder"
+                f"--run-folder {folder}: the run there is finished after {finished} steps, and {last} that it could go on "
+                "from, so that it would be overwritten. Allowed: another folder"
             )
         model = folder / f"{self.env_name}.zip"
         if not self.saved and model.exists():
@@ -138,8 +145,14 @@ class Experiment(ExperimentManager):
         for name in ("env_kwargs", "eval_env_kwargs"):
             option = f"--{name.replace('_', '-')}"
             before[option], now[option] = given.get(name), getattr(self.args, name)
+        if self.asked_seed is not None and self.asked_seed >= 0:
+            before["--seed"], now["--seed"] = given.get("seed"), self.asked_seed
+        else:
+            self.seed = self.args.seed = given.get("seed", self.seed)
         differing = sorted(
-            name for name in before.keys() | now.keys() if name != "n_timesteps" and before.get(name) != now.get(name)
+            name
+            for name in before.keys() | now.keys()
+            if name != "n_timesteps" and not _equal(before.get(name), now.get(name))
         )
         if differing:
             changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differing)
@@ -150,13 +163,13 @@ class Experiment(ExperimentManager):
 
     def learn(self, model: Any) -> None:
         self.total = self.n_timesteps
-        if not self.done:
-            return super().learn(model)
         self.n_timesteps -= self.done
-        if self.n_timesteps <= 0:
+        if self.done and self.n_timesteps <= 0:
             return print(f"Nothing to do: the run has made its {self.done} steps")
-        going_on = functools.partialmethod(DreamerGPLD.learn, reset_num_timesteps=False)
-        with mock.patch.object(DreamerGPLD, "learn", going_on):
+        settings: dict[str, Any] = {"reset_num_timesteps": False} if self.done else {}
+        if self.folder is not None:  # SB3 goes on in the newest TensorBoard log of a name, which may be of another run
+            settings["tb_log_name"] = "-".join(part for part in Path(self.folder).parts if part not in ("/", "..", "."))
+        with mock.patch.object(DreamerGPLD, "learn", functools.partialmethod(DreamerGPLD.learn, **settings)):
             super().learn(model)
 
     def save_trained_model(self, model: Any) -> None:
@@ -166,6 +179,11 @@ class Experiment(ExperimentManager):
                 file.write(f"{model.num_timesteps}\n".encode())
 
     def create_log_folder(self) -> None:
+        if self.logs and self.folder is None:
+            self.save_path = str(new_folder(Path(self.save_path)))
+            self._lock = lock(Path(self.save_path))
+        self.save_path = self.processes.told_by_first(self.save_path)
+        self.params_path = f"{self.save_path}/{self.env_name}"
         if self.logs:
             super().create_log_folder()
         self.processes.barrier()  # nobody goes on before it is there
@@ -173,10 +191,13 @@ class Experiment(ExperimentManager):
     def create_callbacks(self) -> None:
         if self.processes.is_first:
             super().create_callbacks()
+            for callback in self.callbacks:
+                if isinstance(callback, EvalCallback) and callback.callback_on_new_best is not None:
+                    callback.callback_on_new_best = CallbackList([callback.callback_on_new_best, NoteBest(callback)])
         else:
             self.callbacks = callbacks_of_all(self.callbacks)
-        if self.every is not None:
-            self.callbacks.append(SaveMonitoredRun(self.save_path, self.every))
+        if self.every is not None or self.saved:  # what is saved is not older than the run when it is finished
+            self.callbacks.append(SaveMonitoredRun(self.save_path, self.every or sys.maxsize))
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         if not eval_env:
@@ -196,6 +217,24 @@ class Experiment(ExperimentManager):
             # A run that goes on reads what is there, so that it must always be whole
             with staged(folder) as temporary, mock.patch.object(self, "params_path", str(temporary)):
                 super()._save_config(saved_hyperparams)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two hyperparameters are the same; objects such as schedules are by what YAML says of them."""
+    return bool(one == other) or yaml.dump(one) == yaml.dump(other)
+
+
+def new_folder(folder: Path) -> Path:
+    """Make the folder of a run, under the next number if another process has been faster.
+
+    :param folder: whose name ends with a number, "Pendulum-v1_1"
+    """
+    name, _, number = folder.name.rpartition("_")
+    for free in itertools.count(int(number)):
+        with contextlib.suppress(FileExistsError):
+            (found := folder.with_name(f"{name}_{free}")).mkdir(parents=True)
+            return found
+    raise AssertionError
 
 
 def lock(folder: Path) -> IO[str] | None:
@@ -221,31 +260,39 @@ def lock(folder: Path) -> IO[str] | None:
 
 
 @contextlib.contextmanager
-def goes_on(folder: str | None, every: int | None) -> Iterator[None]:
+def goes_on(folder: str | None, every: int | None, asked_seed: int | None = None) -> Iterator[None]:
     """Within, the training script of rl_zoo3 makes an :class:`Experiment`; arguments as there."""
     first = parallel.current().is_first
     silent = contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO())
     base = rl_zoo3.train.ExperimentManager  # which tolerant_studies may have replaced
     kind = Experiment if base is ExperimentManager else type("Experiment", (Experiment, base), {})
-    experiment = functools.partial(kind, folder=folder, every=every)
+    experiment = functools.partial(kind, folder=folder, every=every, asked_seed=asked_seed)
     with mock.patch.object(rl_zoo3.train, "ExperimentManager", experiment), silent:
         yield
 
 
 class SaveMonitoredRun(SaveRunCallback):
-    """Saves beside the run how many episodes the files of its Monitors have."""
+    """Saves beside the run how many episodes the files of its Monitors have, and its evaluations."""
 
     def save(self, model: ResumableAlgorithm) -> Path:
         if model.processes.is_first:
-            episodes = {file.name: len(file.read_text().splitlines()) - 2 for file in self.folder.glob(MONITORS)}
+            episodes = {file.name: len(episodes_in(file)) for file in self.folder.glob(MONITORS)}
             with atomic_file(episodes_file(self.folder, model.num_timesteps)) as file:
                 file.write(json.dumps(episodes).encode())
+            if (self.folder / EVALUATIONS).is_file():
+                with atomic_file(saved_evaluations(self.folder, model.num_timesteps)) as file:
+                    file.write((self.folder / EVALUATIONS).read_bytes())
         return super().save(model)
 
 
 def episodes_file(folder: Path, steps: int) -> Path:
     """Where the episodes of the Monitors are saved with a run, after some environment steps."""
     return run_file(folder, steps, "_monitors.json")
+
+
+def saved_evaluations(folder: Path, steps: int) -> Path:
+    """Where the evaluations are saved with a run, after some environment steps."""
+    return run_file(folder, steps, "_evaluations.npz")
 
 
 def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:
@@ -262,47 +309,24 @@ def going_on_monitors(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs
 def rewind_monitor(file: Path, episodes: int | None) -> None:
     """Take episodes that will be made again out of the file of a Monitor, and count time from now.
 
+    A file whose beginning cannot be read is moved away, with a warning.
+
     :param file: of one environment
     :param episodes: that it had when the run was saved; None: all stay
     """
-    header, names, *rows = whole_lines(file.read_text())  # the process may have been killed while it wrote
-    settings, now = json.loads(header.removeprefix("#")), time.time()
-    shift, kept = now - settings["t_start"], []
-    for row in rows[:episodes]:
+    try:
+        header, names = whole_lines(file)[:2]  # the process may have been killed while it wrote
+        settings, now = json.loads(header.removeprefix("#")), time.time()
+        shift = now - settings["t_start"]
+    except (ValueError, KeyError) as error:
+        aside = file.replace(file.with_name(f"{file.name}.unreadable"))
+        warnings.warn(f"{file} cannot be read ({error}); it is {aside.name} now, and a new one is begun", stacklevel=2)
+        return
+    kept = []
+    for row in episodes_in(file)[:episodes]:
         values = row.split(",")
         values[2] = f"{float(values[2]) - shift:.6f}"
         kept.append(",".join(values))
     with atomic_file(file) as rewound:
         lines = ["#" + json.dumps({**settings, "t_start": now}), names, *kept]
         rewound.write(("\n".join(lines) + "\n").encode())
-
-
-def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
-    """Give a callback the evaluations that a run made before it was stopped; SB3 writes the file anew each time.
-
-    A file that cannot be read, since the run was killed while it was written, is left behind with a warning.
-
-    :param callback: of the run that goes on
-    :param num_timesteps: from where; later evaluations are made again
-    :raises SystemExit: it has made evaluations of another number of episodes, with which new ones cannot share the file
-    """
-    file = callback.log_path and f"{callback.log_path}.npz"
-    if not file or not os.path.isfile(file):
-        return
-    log = read_evaluations(Path(file))
-    if log is None:
-        return
-    kept = log["timesteps"] <= num_timesteps
-    if kept.any():
-        episodes = log["results"].shape[1]
-        if episodes != callback.n_eval_episodes:
-            fail(
-                f"--eval-episodes {callback.n_eval_episodes}: the evaluations in {file} have {episodes} episodes each. "
-                f"Allowed: --eval-episodes {episodes}, or move that file away first"
-            )
-        callback.evaluations_timesteps = log["timesteps"][kept].tolist()
-        callback.evaluations_results = log["results"][kept].tolist()
-        callback.evaluations_length = log["ep_lengths"][kept].tolist()
-        if "successes" in log:
-            callback.evaluations_successes = log["successes"][kept].tolist()
-        callback.best_mean_reward = float(log["results"][kept].mean(1).max())

@@ -8,7 +8,7 @@ itself goes on where it was saved last. The same command goes on with what is no
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -62,19 +62,34 @@ class SweepRun(NamedTuple):
     def progress(self) -> dict[str, float]:
         """Frames and episodes so far, and the mean return of the last episodes, from what the run has logged.
 
-        Frames are the environment's own steps, which ``ActionRepeat`` makes several of for one of the agent.
+        Frames are steps of the simulator, which ``ActionRepeat`` makes several of for one of the agent.
         """
-        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in whole_lines(file.read_text())[2:]]
-        rows = sorted(csv.reader(lines), key=lambda row: float(row[2]))
+        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in episodes_in(file)]
+        rows = sorted((line.split(",") for line in lines), key=lambda row: float(row[2]))
         if not rows:
             return {"frames": 0, "return": float("nan"), "episodes": 0}
         returns = [float(row[0]) for row in rows[-LAST_EPISODES:]]
         return {"frames": sum(int(row[1]) for row in rows), "return": sum(returns) / len(returns), "episodes": len(rows)}
 
 
-def whole_lines(text: str) -> list[str]:
-    """The lines of a text, without a last one that is not written to its end yet."""
-    return text[: text.rfind("\n") + 1].splitlines()
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a Monitor's file, without a last one that is not written to its end yet."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+
+
+def episodes_in(file: Path) -> list[str]:
+    """The lines of a Monitor's file that tell an episode: its return, length and time, and perhaps more.
+
+    Others, which a machine that failed may have left, are left out.
+    """
+    lines = []
+    for line in whole_lines(file)[2:]:
+        with contextlib.suppress(ValueError):
+            total, length, seconds = line.split(",")[:3]
+            float(total), int(length), float(seconds)
+            lines.append(line)
+    return lines
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -246,6 +261,16 @@ def main(args: list[str]) -> int:
     return int(bool(failed))
 
 
+def cores_of_this_job(address: str | None) -> dict[str, Any]:
+    """Arguments of ``ray.init``: a Ray of one's own has the cores that this process may use, and not all of the machine.
+
+    :param address: of a Ray that is there; None: there is none, unless RAY_ADDRESS names it
+    """
+    if address is not None or "RAY_ADDRESS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return {"address": address}
+    return {"num_cpus": len(os.sched_getaffinity(0))}
+
+
 def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> None:
     import ray
     from ray import cloudpickle, tune
@@ -259,7 +284,7 @@ def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> 
 
     # Ray's workers need nothing of this package, which takes long to import: the runs are processes of their own.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(address=options.address, include_dashboard=False, log_to_driver=False)
+    ray.init(**cores_of_this_job(options.address), include_dashboard=False, log_to_driver=False)
     try:
         tune.Tuner(
             tune.with_resources(trainable, {"cpu": options.cpus, "gpu": options.gpus}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,12 +30,13 @@ from test_saving import Clock, assert_same  # noqa: E402
 from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
 from sb3_dreamer_gpld.resumable import steps_saved  # noqa: E402
 from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
+from sb3_dreamer_gpld.zoo.evaluations import NoteBest, restore_evaluations  # noqa: E402
 from sb3_dreamer_gpld.zoo.main import main  # noqa: E402
 from sb3_dreamer_gpld.zoo.runs import (  # noqa: E402
     SaveMonitoredRun,
     lock,
     monitored_episodes,
-    restore_evaluations,
+    new_folder,
     rewind_monitor,
 )
 from sb3_dreamer_gpld.zoo.sweep import SweepRun  # noqa: E402
@@ -51,6 +53,7 @@ SETTINGS: dict[str, Any] = dict(
 
 
 HALF_LINES = ["", "-3", "-3.0,2", "-3.0,200,", "-3.0,200,30.5"]  # of a Monitor that was killed while it wrote
+NO_EPISODE = "\x00\x00\x00\n-4.0,2\n"  # of a machine that failed
 
 
 def write_entry(file: Path, **keys: Any) -> None:
@@ -246,6 +249,15 @@ def test_arms_are_written_with_spaces_or_commas() -> None:
     assert sweep.parse(["--tasks", "Pendulum-v1", "--arms", "v3,gpld", "v3"]).arms == ["v3", "gpld"]
 
 
+def test_a_ray_of_ones_own_has_the_cores_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert sweep.cores_of_this_job(None) == {"num_cpus": 3}
+    assert sweep.cores_of_this_job("auto") == {"address": "auto"}
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert sweep.cores_of_this_job(None) == {"address": None}
+
+
 def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'a sweep needs Ray: pip install "sb3-dreamer-gpld\[ray\]"'):
@@ -256,7 +268,7 @@ def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 def test_the_progress_of_a_run(half: str, tmp_path: Path) -> None:
     run = SweepRun("Pendulum-v1", "gpld", 0, 1000, tmp_path)
     assert run.progress()["frames"] == 0 and not run.finished
-    (tmp_path / "0.monitor.csv").write_text(f"#{{}}\nr,l,t\n-10.0,200,1\n-20.0,200,2\n{half}")
+    (tmp_path / "0.monitor.csv").write_text(f"#{{}}\nr,l,t\n-10.0,200,1\n{NO_EPISODE}-20.0,200,2\n{half}")
     (tmp_path / "1.monitor.csv").write_text("#{}\nr,l,t\n-30.0,200,1.5\n")
     assert run.progress() == {"frames": 600, "return": -20.0, "episodes": 3}
     for steps, finished in ((999, False), (1000, True)):
@@ -283,9 +295,18 @@ def test_episodes_that_are_made_again_leave_the_monitors_file(tmp_path: Path) ->
 @pytest.mark.parametrize("half", HALF_LINES)
 def test_all_whole_episodes_stay_where_it_is_not_known_what_was_saved(half: str, tmp_path: Path) -> None:
     file = tmp_path / "0.monitor.csv"
-    file.write_text(f'#{{"t_start": 1.0}}\nr,l,t\n1.0,200,10.0\n2.0,200,20.0\n{half}')
+    file.write_text(f'#{{"t_start": 1.0}}\nr,l,t\n1.0,200,10.0\n{NO_EPISODE}2.0,200,20.0\n{half}')
     rewind_monitor(file, None)
     assert load_results(str(tmp_path))["r"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("text", ["", "\x00\x00\n\x00\n", "#{}\nr,l,t\n1.0,200,10.0\n", '#{"t_start": 1.0}\n'])
+def test_a_monitors_file_that_cannot_be_read_is_moved_away(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "0.monitor.csv"
+    file.write_text(text)
+    with pytest.warns(UserWarning, match=r"0.monitor.csv cannot be read .*; it is 0.monitor.csv.unreadable now, and"):
+        rewind_monitor(file, 1)
+    assert not file.exists() and (tmp_path / "0.monitor.csv.unreadable").read_text() == text
 
 
 def test_a_run_knows_how_many_episodes_its_monitors_had(tmp_path: Path) -> None:
@@ -297,6 +318,59 @@ def test_a_run_knows_how_many_episodes_its_monitors_had(tmp_path: Path) -> None:
         "run_47_steps.pkl", "run_47_steps.zip", "run_47_steps_monitors.json"
     ]  # fmt: skip
     assert monitored_episodes(tmp_path, 47) == {"0.monitor.csv": 4} and monitored_episodes(tmp_path, 20) == {}
+
+
+def test_evaluations_are_saved_with_the_run_for_when_their_file_is_spoilt(tmp_path: Path) -> None:
+    def evaluation() -> EvalCallback:
+        env = RandomSpaces(BOX, BOX)
+        return EvalCallback(env, n_eval_episodes=1, eval_freq=20, log_path=str(tmp_path), best_model_save_path=str(tmp_path))
+
+    callbacks = [evaluation(), SaveMonitoredRun(tmp_path, every=15)]
+    tiny(RandomSpaces(BOX, BOX)).learn(50, callback=callbacks)
+    (tmp_path / "evaluations.npz").write_bytes(b"spoilt")
+    restored = evaluation()
+    with pytest.warns(UserWarning, match="evaluations.npz cannot be read"):
+        restore_evaluations(restored, 50, tmp_path / "run_50_steps_evaluations.npz")
+    assert restored.evaluations_timesteps == [20, 40] and restored.best_mean_reward == 10.0
+    tiny(RandomSpaces(BOX, BOX)).learn(10).save_run(tmp_path)
+    assert not list(tmp_path.glob("run_50*"))
+
+
+def test_the_best_agent_stays_if_the_run_goes_on_from_before_it(tmp_path: Path) -> None:
+    """It was evaluated after the run had been saved, or the file of evaluations is lost."""
+    callback = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path), best_model_save_path=str(tmp_path))
+    note = NoteBest(callback)
+    note.init_callback(tiny(RandomSpaces(BOX, BOX)))
+    callback.best_mean_reward = 900.0
+    assert note.on_step()
+    np.savez(tmp_path / "evaluations.npz", timesteps=[20, 30], results=[[500.0] * 5, [900.0] * 5], ep_lengths=[[3] * 5] * 2)
+    for there, best in ((False, 500.0), (True, 900.0)):
+        if there:
+            (tmp_path / "best_model.zip").touch()
+        again = EvalCallback(RandomSpaces(BOX, BOX), log_path=str(tmp_path), best_model_save_path=str(tmp_path))
+        restore_evaluations(again, 25)
+        assert again.evaluations_timesteps == [20] and again.best_mean_reward == best
+    (tmp_path / "evaluations.npz").unlink()
+    restore_evaluations(again, 25)
+    assert again.best_mean_reward == 900.0
+
+
+def test_two_processes_have_two_folders(tmp_path: Path) -> None:
+    folders = [new_folder(tmp_path / "dreamer_gpld" / "dm_control-walker-walk-v0_2") for _ in range(3)]
+    assert [folder.name.rpartition("_")[2] for folder in folders] == ["2", "3", "4"]
+    assert len({folder.name.rpartition("_")[0] for folder in folders}) == 1 and all(folder.is_dir() for folder in folders)
+
+
+def test_older_files_are_taken_where_the_newest_are_incomplete(tmp_path: Path) -> None:
+    model = tiny(RandomSpaces(BOX, BOX)).learn(10)
+    model.save_run(tmp_path)
+    (tmp_path / "run_20_steps.zip").touch()
+    assert steps_saved(tmp_path) == 10
+    loaded = DreamerGPLD.load_run(tmp_path, RandomSpaces(BOX, BOX), device="cpu")
+    assert loaded is not None and loaded.num_timesteps == 10
+    (tmp_path / "run_10_steps.pkl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"run_20_steps.pkl is missing"):
+        steps_saved(tmp_path)
 
 
 def test_a_run_that_was_killed_while_it_was_saved_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -415,8 +489,67 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
     for file in files:
         file.unlink()
     begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--run-folder", ".")  # other runs may lie below
-    with pytest.raises(SystemExit, match="the run there is finished, and nothing was saved that it could go on from"):
+    with pytest.raises(SystemExit, match="the run there is finished after 20 steps, and nothing was saved that it could"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+def test_a_run_that_goes_on_is_saved_when_it_ends(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a command without --save-run; from what is older than the run it does not go on."""
+    words = "--env", "Pendulum-v1", "-n"
+    begin(tmp_path, monkeypatch, *words, "20", "--save-run", "10")
+    begin(tmp_path, monkeypatch, *words, "40")
+    assert steps_saved(tmp_path / "run") == 40
+    (tmp_path / "run" / "finished.txt").write_text("60\n")
+    with pytest.raises(SystemExit, match="is finished after 60 steps, and what was saved last is of step 40 that it could"):
+        begin(tmp_path, monkeypatch, *words, "80")
+
+
+def test_the_return_of_the_best_agent_is_noted(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--eval-freq", "10", "--eval-episodes", "1")
+    noted = json.loads((tmp_path / "run" / "best_model.json").read_text())["mean_reward"]
+    assert noted == np.load(tmp_path / "run" / "evaluations.npz")["results"].mean(1).max()
+
+
+def test_a_run_keeps_its_seed(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = "actor_learning_rate:SimpleLinearSchedule(3e-5)"  # an object of its own at each start
+    words = "--env", "Pendulum-v1", "--save-run", "10", "-params", schedule
+
+    def seed() -> Any:
+        return yaml.unsafe_load((tmp_path / "run" / "Pendulum-v1" / "args.yml").read_text())["seed"]
+
+    begin(tmp_path, monkeypatch, *words, "-n", "20")  # a random one
+    first = seed()
+    begin(tmp_path, monkeypatch, *words, "-n", "40")
+    assert seed() == first == DreamerGPLD.load(tmp_path / "run" / "run_40_steps.zip", device="cpu").seed
+    begin(tmp_path, monkeypatch, *words, "-n", "40", "--seed", str(first))
+    with pytest.raises(SystemExit, match=rf"other hyperparameters \(--seed {first} -> 7\)"):
+        begin(tmp_path, monkeypatch, *words, "-n", "60", "--seed", "7")
+
+
+def test_each_run_has_its_own_tensorboard_log(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in ("20", "40"):
+        for folder in ("a/run", "b/run"):
+            begin(
+                tmp_path,
+                monkeypatch,
+                "--env",
+                "Pendulum-v1",
+                "-n",
+                steps,
+                "--save-run",
+                "10",
+                "-tb",
+                "logs",
+                "--run-folder",
+                folder,
+            )
+    assert sorted(path.name for path in (tmp_path / "logs" / "Pendulum-v1").iterdir()) == ["a-run_1", "b-run_1"]
+    env = RandomSpaces(BOX, BOX)
+    for number in (1, 2):  # a script that goes on where it can, and begins two runs
+        model = tiny(env, tensorboard_log=str(tmp_path / "script")).learn(10, reset_num_timesteps=False)
+        assert model.logger.dir is not None and model.logger.dir.endswith(f"DreamerGPLD_{number}")
+    model.learn(10, reset_num_timesteps=False)
+    assert len(list((tmp_path / "script").iterdir())) == 2
 
 
 def test_the_same_command_goes_on_with_arguments_of_normalize(
