@@ -134,10 +134,10 @@ class Learner:
 
     def draw(self, sequences: int, steps: int) -> Draws:
         """Random numbers for an update on that many sequences of that many steps."""
-        starts = steps if self.config.objective.starts is None else min(steps, self.config.objective.starts)
+        starts = sequences * self.config.objective.starts_of(steps)
         return Draws(
             self.policy.world_model.draw(sequences, steps, self.config.penalty),
-            self.policy.actor_critic.draw(sequences * starts, self.config.imagination_horizon),
+            self.policy.actor_critic.draw(starts, self.config.imagination_horizon),
         )
 
     def update(self, batch: Batch, draws: Draws | None, number: int, learning_rates: Sequence[float]) -> States:

@@ -63,6 +63,10 @@ class Objective(NamedTuple):
     starts: int | None = None
     policy_penalty: float = 0.0
 
+    def starts_of(self, steps: int) -> int:
+        """States of a sequence of that many steps from which rollouts start, S."""
+        return steps if self.starts is None else min(steps, self.starts)
+
 
 class RunningStatistics(NamedTuple):
     """What actor and critic remember from update to update beside their parameters.
@@ -148,7 +152,7 @@ class ActorCritic(SteppedModule):
         :return: losses by name, with values (B, S) but for replay_value's (B, S − 1); metrics by name, scalars without
             gradient; what is remembered after this batch, which the caller keeps if the update succeeds
         """
-        starts = batch.rewards.shape[1] if objective.starts is None else objective.starts
+        starts = objective.starts_of(batch.rewards.shape[1])
         batch, states = batch.steps(slice(-starts, None)), states.last(starts)
         size = batch.rewards.shape  # B, S
         rollouts = self._imagine(world_model, states, draws, objective)
