@@ -537,7 +537,7 @@ class DreamerGPLD(ResumableAlgorithm):
         :param callback: called at every step; of several processes by the first one alone, but for those that all of them need
         :param log_interval: episodes between two logs; None: none
         :param tb_log_name: name of the run in TensorBoard
-        :param reset_num_timesteps: start counting afresh, and reset the environment
+        :param reset_num_timesteps: start counting afresh, and reset the environment; of no effect where no step was made yet
         :param progress_bar: show one
         :raises ValueError: an observation or reward has the wrong shape or is not finite; names the environment
         :raises ValueError: an attribute has changed to a value that is not allowed

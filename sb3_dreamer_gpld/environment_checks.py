@@ -46,12 +46,11 @@ def end_processes(env: VecEnv) -> None:
     unwrapped = env.unwrapped
     assert isinstance(unwrapped, SubprocVecEnv)
     for remote in unwrapped.remotes:
-        remote.close()
+        remote.close()  # by which the others end by themselves
     for process in unwrapped.processes:
-        process.terminate()
-    for process in unwrapped.processes:
-        process.join(5.0)
-        process.kill()
+        process.join(1.0)
+        process.kill()  # if it hangs
+        process.join()
     unwrapped.waiting, unwrapped.closed = False, True
 
 

@@ -53,18 +53,23 @@ class NoteBest(BaseCallback):
 def restore_evaluations(callback: EvalCallback, num_timesteps: int, saved: Path | None = None) -> None:
     """Give a callback the evaluations that a run made before it was stopped; SB3 writes the file anew each time.
 
-    A file that cannot be read, since the run was killed while it was written, is left behind with a warning. The best agent is
-    replaced by a better one only, also if it was found after the run was saved.
+    A file that cannot be read, since the run was killed while it was written, is replaced by the one that was saved with the
+    run, with a warning; without that it is left behind. The best agent is replaced by a better one only, also if it was found
+    after the run was saved.
 
     :param callback: of the run that goes on
     :param num_timesteps: from where; later evaluations are made again
-    :param saved: the evaluations as they were saved with the run, which take the place of a file that cannot be read
+    :param saved: the evaluations as they were saved with the run
     :raises SystemExit: it has made evaluations of another number of episodes, with which new ones cannot share the file
     """
     file = None if callback.log_path is None else Path(f"{callback.log_path}.npz")
-    log = read_evaluations(file) if file is not None and file.is_file() else None
-    if log is None and saved is not None and saved.is_file():
-        log = read_evaluations(saved)
+    log = None
+    if file is not None and file.is_file():
+        log = read_evaluations(file)
+        if log is None and saved is not None and saved.is_file():
+            with atomic_file(file) as mended:
+                mended.write(saved.read_bytes())
+            log = read_evaluations(file)
     kept = np.zeros(0, dtype=bool) if log is None else log["timesteps"] <= num_timesteps
     if log is not None and kept.any():
         episodes = log["results"].shape[1]

@@ -168,7 +168,8 @@ class Experiment(ExperimentManager):
             return print(f"Nothing to do: the run has made its {self.done} steps")
         settings: dict[str, Any] = {"reset_num_timesteps": False} if self.done else {}
         if self.folder is not None:  # SB3 goes on in the newest TensorBoard log of a name, which may be of another run
-            settings["tb_log_name"] = "-".join(part for part in Path(self.folder).parts if part not in ("/", "..", "."))
+            path = Path(self.folder).resolve()
+            settings["tb_log_name"] = "-".join(path.relative_to(path.anchor).parts)[-200:]
         with mock.patch.object(DreamerGPLD, "learn", functools.partialmethod(DreamerGPLD.learn, **settings)):
             super().learn(model)
 
@@ -227,12 +228,16 @@ def _equal(one: Any, other: Any) -> bool:
 def new_folder(folder: Path) -> Path:
     """Make the folder of a run, under the next number if another process has been faster.
 
-    :param folder: whose name ends with a number, "Pendulum-v1_1"
+    :param folder: whose name ends with a number, "Pendulum-v1_1", or with a UUID behind that
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     name, _, number = folder.name.rpartition("_")
+    if not number.isdigit():  # that of --uuid, which no other has
+        folder.mkdir()
+        return folder
     for free in itertools.count(int(number)):
         with contextlib.suppress(FileExistsError):
-            (found := folder.with_name(f"{name}_{free}")).mkdir(parents=True)
+            (found := folder.with_name(f"{name}_{free}")).mkdir()
             return found
     raise AssertionError
 
@@ -276,7 +281,7 @@ class SaveMonitoredRun(SaveRunCallback):
 
     def save(self, model: ResumableAlgorithm) -> Path:
         if model.processes.is_first:
-            episodes = {file.name: len(episodes_in(file)) for file in self.folder.glob(MONITORS)}
+            episodes = {file.name: len(episodes_in(whole_lines(file))) for file in self.folder.glob(MONITORS)}
             with atomic_file(episodes_file(self.folder, model.num_timesteps)) as file:
                 file.write(json.dumps(episodes).encode())
             if (self.folder / EVALUATIONS).is_file():
@@ -301,21 +306,32 @@ def monitored_episodes(folder: Path, steps: int) -> dict[str, int]:
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
-def going_on_monitors(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
+def going_on_monitors(
+    make_env: Any, n_envs: int, *, monitor_dir: str | None, monitor_kwargs: dict[str, Any], **kwargs: Any
+) -> VecEnv:
     """Environments as Stable-Baselines3 makes them, whose Monitors go on with the files that are there; arguments as there."""
-    return make_vec_env(make_env, monitor_kwargs={**monitor_kwargs, "override_existing": False}, **kwargs)
+    for number in range(n_envs) if monitor_dir is not None else ():
+        file = Path(str(monitor_dir), f"{number}.monitor.csv")
+        if not file.exists():  # a Monitor that goes on writes no beginning
+            keywords = (*monitor_kwargs.get("reset_keywords", ()), *monitor_kwargs.get("info_keywords", ()))
+            with atomic_file(file) as begun:
+                names = ",".join(("r", "l", "t", *keywords))
+                begun.write(f"#{json.dumps({'t_start': time.time(), 'env_id': 'None'})}\n{names}\n".encode())
+    monitor_kwargs = {**monitor_kwargs, "override_existing": False}
+    return make_vec_env(make_env, n_envs, monitor_dir=monitor_dir, monitor_kwargs=monitor_kwargs, **kwargs)
 
 
 def rewind_monitor(file: Path, episodes: int | None) -> None:
     """Take episodes that will be made again out of the file of a Monitor, and count time from now.
 
-    A file whose beginning cannot be read is moved away, with a warning.
+    A file whose beginning cannot be read is moved away, with a warning; :func:`going_on_monitors` begins another one.
 
     :param file: of one environment
     :param episodes: that it had when the run was saved; None: all stay
     """
+    lines = whole_lines(file)  # the process may have been killed while it wrote
     try:
-        header, names = whole_lines(file)[:2]  # the process may have been killed while it wrote
+        header, names = lines[:2]
         settings, now = json.loads(header.removeprefix("#")), time.time()
         shift = now - settings["t_start"]
     except (ValueError, KeyError) as error:
@@ -323,10 +339,9 @@ def rewind_monitor(file: Path, episodes: int | None) -> None:
         warnings.warn(f"{file} cannot be read ({error}); it is {aside.name} now, and a new one is begun", stacklevel=2)
         return
     kept = []
-    for row in episodes_in(file)[:episodes]:
+    for row in episodes_in(lines)[:episodes]:
         values = row.split(",")
         values[2] = f"{float(values[2]) - shift:.6f}"
         kept.append(",".join(values))
     with atomic_file(file) as rewound:
-        lines = ["#" + json.dumps({**settings, "t_start": now}), names, *kept]
-        rewound.write(("\n".join(lines) + "\n").encode())
+        rewound.write("".join(f"{line}\n" for line in ["#" + json.dumps({**settings, "t_start": now}), names, *kept]).encode())

@@ -64,7 +64,7 @@ class SweepRun(NamedTuple):
 
         Frames are steps of the simulator, which ``ActionRepeat`` makes several of for one of the agent.
         """
-        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in episodes_in(file)]
+        lines = [line for file in sorted(self.folder.glob("*.monitor.csv")) for line in episodes_in(whole_lines(file))]
         rows = sorted((line.split(",") for line in lines), key=lambda row: float(row[2]))
         if not rows:
             return {"frames": 0, "return": float("nan"), "episodes": 0}
@@ -78,18 +78,18 @@ def whole_lines(file: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
-def episodes_in(file: Path) -> list[str]:
-    """The lines of a Monitor's file that tell an episode: its return, length and time, and perhaps more.
+def episodes_in(lines: Sequence[str]) -> list[str]:
+    """Those of a Monitor's lines that tell an episode: its return, length and time, and perhaps more.
 
     Others, which a machine that failed may have left, are left out.
     """
-    lines = []
-    for line in whole_lines(file)[2:]:
+    episodes = []
+    for line in lines[2:]:
         with contextlib.suppress(ValueError):
             total, length, seconds = line.split(",")[:3]
             float(total), int(length), float(seconds)
-            lines.append(line)
-    return lines
+            episodes.append(line)
+    return episodes
 
 
 def parse(args: list[str]) -> argparse.Namespace:
@@ -266,9 +266,11 @@ def cores_of_this_job(address: str | None) -> dict[str, Any]:
 
     :param address: of a Ray that is there; None: there is none, unless RAY_ADDRESS names it
     """
-    if address is not None or "RAY_ADDRESS" in os.environ or not hasattr(os, "sched_getaffinity"):
+    if address is not None or "RAY_ADDRESS" in os.environ:
         return {"address": address}
-    return {"num_cpus": len(os.sched_getaffinity(0))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    # Where all are allowed Ray counts by itself, and knows the limits of a container
+    return {"address": "local", **({"num_cpus": cores} if cores is not None and cores < (os.cpu_count() or 1) else {})}
 
 
 def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from sb3_dreamer_gpld.zoo.evaluations import NoteBest, restore_evaluations  # no
 from sb3_dreamer_gpld.zoo.main import main  # noqa: E402
 from sb3_dreamer_gpld.zoo.runs import (  # noqa: E402
     SaveMonitoredRun,
+    going_on_monitors,
     lock,
     monitored_episodes,
     new_folder,
@@ -252,7 +253,10 @@ def test_arms_are_written_with_spaces_or_commas() -> None:
 def test_a_ray_of_ones_own_has_the_cores_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
-    assert sweep.cores_of_this_job(None) == {"num_cpus": 3}
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert sweep.cores_of_this_job(None) == {"address": "local", "num_cpus": 3}
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert sweep.cores_of_this_job(None) == {"address": "local"}
     assert sweep.cores_of_this_job("auto") == {"address": "auto"}
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert sweep.cores_of_this_job(None) == {"address": None}
@@ -307,6 +311,14 @@ def test_a_monitors_file_that_cannot_be_read_is_moved_away(text: str, tmp_path: 
     with pytest.warns(UserWarning, match=r"0.monitor.csv cannot be read .*; it is 0.monitor.csv.unreadable now, and"):
         rewind_monitor(file, 1)
     assert not file.exists() and (tmp_path / "0.monitor.csv.unreadable").read_text() == text
+    keywords: dict[str, Any] = {"info_keywords": ("is_success",)}
+    env = going_on_monitors(Successful, 1, monitor_dir=str(tmp_path), monitor_kwargs=keywords)
+    env.reset()
+    for _ in range(20):
+        env.step(np.zeros((1, 3), np.float32))
+    env.close()
+    results = load_results(str(tmp_path))
+    assert results["r"].tolist() == [10.0, 10.0] and results["is_success"].tolist() == [True, True]
 
 
 def test_a_run_knows_how_many_episodes_its_monitors_had(tmp_path: Path) -> None:
@@ -332,6 +344,11 @@ def test_evaluations_are_saved_with_the_run_for_when_their_file_is_spoilt(tmp_pa
     with pytest.warns(UserWarning, match="evaluations.npz cannot be read"):
         restore_evaluations(restored, 50, tmp_path / "run_50_steps_evaluations.npz")
     assert restored.evaluations_timesteps == [20, 40] and restored.best_mean_reward == 10.0
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [20, 40]  # what is saved next is whole
+    (tmp_path / "evaluations.npz").unlink()  # as the error about another --eval-episodes says
+    again = evaluation()
+    restore_evaluations(again, 50, tmp_path / "run_50_steps_evaluations.npz")
+    assert again.evaluations_timesteps == []
     tiny(RandomSpaces(BOX, BOX)).learn(10).save_run(tmp_path)
     assert not list(tmp_path.glob("run_50*"))
 
@@ -359,6 +376,9 @@ def test_two_processes_have_two_folders(tmp_path: Path) -> None:
     folders = [new_folder(tmp_path / "dreamer_gpld" / "dm_control-walker-walk-v0_2") for _ in range(3)]
     assert [folder.name.rpartition("_")[2] for folder in folders] == ["2", "3", "4"]
     assert len({folder.name.rpartition("_")[0] for folder in folders}) == 1 and all(folder.is_dir() for folder in folders)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        new_folder(tmp_path / "file" / "Pendulum-v1_1")
 
 
 def test_older_files_are_taken_where_the_newest_are_incomplete(tmp_path: Path) -> None:
@@ -504,6 +524,13 @@ def test_a_run_that_goes_on_is_saved_when_it_ends(config: Path, tmp_path: Path, 
         begin(tmp_path, monkeypatch, *words, "80")
 
 
+def test_a_folder_with_a_uuid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--env", "Pendulum-v1", "-conf", "settings.yml", "--eval-freq", "-1", "-n", "20", "--uuid"])
+    (folder,) = (tmp_path / "logs" / "dreamer_gpld").iterdir()
+    assert len(folder.name) > 40 and (folder / "Pendulum-v1.zip").is_file()
+
+
 def test_the_return_of_the_best_agent_is_noted(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--eval-freq", "10", "--eval-episodes", "1")
     noted = json.loads((tmp_path / "run" / "best_model.json").read_text())["mean_reward"]
@@ -527,23 +554,12 @@ def test_a_run_keeps_its_seed(config: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_each_run_has_its_own_tensorboard_log(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--env", "Pendulum-v1", "--save-run", "10", "-tb", "logs"
     for steps in ("20", "40"):
         for folder in ("a/run", "b/run"):
-            begin(
-                tmp_path,
-                monkeypatch,
-                "--env",
-                "Pendulum-v1",
-                "-n",
-                steps,
-                "--save-run",
-                "10",
-                "-tb",
-                "logs",
-                "--run-folder",
-                folder,
-            )
-    assert sorted(path.name for path in (tmp_path / "logs" / "Pendulum-v1").iterdir()) == ["a-run_1", "b-run_1"]
+            begin(tmp_path, monkeypatch, *words, "-n", steps, "--run-folder", folder)
+    logs = sorted(path.name for path in (tmp_path / "logs" / "Pendulum-v1").iterdir())
+    assert len(logs) == 2 and logs[0].endswith("-a-run_1") and logs[1].endswith("-b-run_1")
     env = RandomSpaces(BOX, BOX)
     for number in (1, 2):  # a script that goes on where it can, and begins two runs
         model = tiny(env, tensorboard_log=str(tmp_path / "script")).learn(10, reset_num_timesteps=False)
