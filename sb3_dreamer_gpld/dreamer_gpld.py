@@ -282,7 +282,9 @@ class DreamerGPLD(ResumableAlgorithm):
         self._scheduled_for: Any = None  # the learning_rate that lr_schedule was made of
         self.update_ratio = UpdateRatio()
         self._steps_without_credit = 0  # stored by a collection that goes on, of this process
-        self._normalized: tuple[str, ...] = ()  # keys of observations that a VecNormalize normalised, when it learned last
+        # By a VecNormalize when it learned last: keys of observations, and whether rewards were
+        self._normalized: tuple[str, ...] = ()
+        self._rewards_normalized = False
         self._state: RecurrentState | None = None
         self._latents: list[np.ndarray] = []  # of the last step on the host: deter (E, D), class indices (E, K)
         # Steps of the wrapped environments: more than num_timesteps where actions are repeated.
@@ -573,6 +575,7 @@ class DreamerGPLD(ResumableAlgorithm):
         assert self.env is not None and isinstance(self.train_freq, TrainFreq) and self._last_obs is not None
         check_normalization(self._vec_normalize_env, self.observation_space)
         self._normalized = normalized_keys(self._vec_normalize_env)
+        self._rewards_normalized = self._vec_normalize_env is not None and self._vec_normalize_env.norm_reward
         check_normalized_images(self._vec_normalize_env, self.policy.observation_spec, self.observation_space)
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)

@@ -120,7 +120,7 @@ def export_policy(model: DreamerGPLD | DreamerPolicy, path: str | os.PathLike[st
             ...
             start = np.array([done])
 
-    :param model: a model, or its policy
+    :param model: a model, or its policy, which does not know that there was a VecNormalize
     :param path: file; the format's suffix is added if it has none. It is replaced in one go, so nobody sees half a file
     :param format: "pt2" or "onnx"; None: what the path ends with, "pt2" if it has no suffix
     :return: the path written

@@ -82,6 +82,7 @@ def files(model: DreamerGPLD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny(Counter(), seed=1).save(folder / "fresh.zip")
     tiny(Counter(), policy_kwargs=dict(deter=48, stoch=3, classes=5)).save(folder / "larger.zip")
     tiny(VecNormalize(DummyVecEnv([Counter]))).learn(10).save(folder / "normalized.zip")
+    tiny(VecNormalize(DummyVecEnv([Counter]), norm_obs=False)).learn(10).save(folder / "rewards.zip")
     tiny(Pictures()).learn(30).save(folder / "pictures.zip")
     tiny(Pictures(), policy_kwargs=dict(reconstruction="redundancy")).learn(30).save(folder / "undecoded.zip")
     PPO("MlpPolicy", Counter(), n_steps=8, batch_size=8).save(folder / "ppo.zip")
@@ -352,6 +353,17 @@ def test_what_callbacks_log(tmp_path: Path) -> None:
     assert all(row[name] > 0 for row, names in zip(rows, found, strict=True) for name in names)
 
 
+def test_long_keys_of_observations_are_printed(tmp_path: Path) -> None:
+    """A printed table would show them shortened to the same, for which SB3 raises an error."""
+    key = "jaco_arm/jaco_hand/pinch_site_"
+    space = spaces.Dict({f"{key}{end}": spaces.Box(-1, 1, (2,)) for end in ("pos", "rmat")})
+    model = tiny(test_dreamer_gpld.RandomSpaces(space, spaces.Box(-1, 1, (1,))))
+    model.set_logger(configure(str(tmp_path), ["log", "json"]))
+    model.learn(20, callback=OpenLoopCallback(eval_freq=20, context=2), log_interval=None)
+    (row,) = map(json.loads, (tmp_path / "progress.json").read_text().splitlines())
+    assert {f"open_loop/observation/{key}{end}" for end in ("pos", "rmat", "pos_last", "rmat_last")} <= set(row)
+
+
 def test_video_in_tensorboard(tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from PIL import Image
@@ -564,6 +576,8 @@ def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
             "--model {files}/counter.zip --baseline {files}/normalized.zip --env DiagnosticsCounter-v0",
             "--baseline .*normalized.zip was trained with VecNormalize",
         ),
+        ("--model {files}/rewards.zip --env DiagnosticsCounter-v0", "was trained with VecNormalize.* nor rewards"),
+        ("--model {files}/counter.zip --env DiagnosticsCounter-v0 -conf sb3_dreamer_gpld", "diagnose reads YAML files only"),
         ("--model {files}/counter.zip --env Pendulum-v1", "--model .*another environment than Pendulum-v1"),
         (
             "--model {files}/counter.zip --baseline {files}/pictures.zip --env DiagnosticsCounter-v0",

@@ -21,6 +21,7 @@ from sb3_dreamer_gpld.diagnostics.measures import (
     undisturbed,
 )
 from sb3_dreamer_gpld.diagnostics.video import image_key, log_video, open_loop_video
+from sb3_dreamer_gpld.logs import record_all
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy, uncompiled
 
@@ -54,9 +55,7 @@ class _ReplayCallback(BaseCallback):
             batch = replay_windows(model, self.n_windows, self.generator)
             with undisturbed(model.policy, int(self.generator.integers(2**31))):
                 values = self._measure(model, batch)
-            for name, value in values.items():
-                if np.isfinite(value):
-                    self.logger.record(name, value)
+            record_all(self.logger, {name: value for name, value in values.items() if np.isfinite(value)})
             if self.verbose >= 1:
                 print(f"{type(self).__name__}: measured at step {self.num_timesteps}")
             # The same way as EvalCallback: the values belong to this step, not to the end of an episode later on

@@ -1,4 +1,4 @@
-"""Numbers of the observations in units of their own deviation, whatever the unit that they are given in.
+"""Numbers of the observations in units of their own deviation, if that is above a smallest one.
 
 A squared error weighs a number by its scale: an angle of ±0.1 beside a velocity of ±5 is worth less than it costs to keep it
 in the latents, and is lost. The published agent has no such thing; Stable-Baselines3's VecNormalize is the same idea on the

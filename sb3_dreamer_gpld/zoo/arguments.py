@@ -156,7 +156,10 @@ def find_environment(conf_file: str, env_id: str) -> tuple[Callable[[gym.Env], g
     """
     from rl_zoo3.utils import get_wrapper_class
 
-    name, entry = choose_entry(find_config(conf_file), env_id)
+    file = find_config(conf_file)
+    if not file.endswith((".yml", ".yaml")):
+        fail(f"-conf {conf_file}: diagnose reads YAML files only")
+    name, entry = choose_entry(file, env_id)
     for key in ("frame_stack", "normalize", "vec_env_wrapper"):
         if entry.get(key):
             fail(f"{conf_file}, {name}: diagnose knows env_wrapper and env_kwargs only, not {key}")

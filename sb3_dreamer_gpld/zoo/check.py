@@ -212,8 +212,12 @@ def _space(arguments: dict[str, Any], pixels: bool) -> spaces.Space:
 # ------------------------------------------------------------------------------------------- checks of single values
 
 
-def _find_class(path: Any) -> type:
-    """:raises ValueError: there is no such class"""
+def _find_class(path: Any, functions: bool = False) -> Any:
+    """The class that is named with its module.
+
+    :param functions: that return an object are allowed, too, as rl_zoo3 allows them
+    :raises ValueError: there is no such class
+    """
     module_name, _, name = str(path).rpartition(".")
     if not module_name:
         raise ValueError(f"{path!r} must be a class with its module, such as 'sb3_dreamer_gpld.envs.ActionRepeat'")
@@ -221,10 +225,11 @@ def _find_class(path: Any) -> type:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"{path!r}: {error}") from error
-    if not isinstance(getattr(module, name, None), type):
+    found = getattr(module, name, None)
+    if not (callable(found) if functions else isinstance(found, type)):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(unknown_name(f"in {module_name}, the class", name, classes, brief=True))
-    return getattr(module, name)
+    return found
 
 
 def _check_names(names: Iterable[str], function: Callable[..., Any], given_already: int) -> None:
@@ -257,7 +262,7 @@ def _check_classes(given_already: int) -> Callable[[Any], object]:
                 name, arguments = next(iter(item.items()))
             if not isinstance(arguments, dict):
                 raise TypeError(f"the arguments of {name} must be 'name: value' lines, not {arguments!r}")
-            _check_names(arguments, _find_class(name), given_already)
+            _check_names(arguments, _find_class(name, functions=True), given_already)
 
     return check
 

@@ -110,10 +110,10 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
     files = {"model": options.model, **({"baseline": options.baseline} if options.baseline else {})}
     models = {name: _load(file, options.device) for name, file in files.items()}
     for name, model in models.items():
-        if model._normalized:
+        if model._normalized or model._rewards_normalized:
             raise ValueError(
                 f"--{name} {files[name]} was trained with VecNormalize, whose statistics are not in it; allowed: models whose "
-                "environments do not normalise observations (normalize_vectors does that in the model)"
+                "environments normalise neither observations (normalize_vectors does that in the model) nor rewards"
             )
     if options.video:
         for model in models.values():

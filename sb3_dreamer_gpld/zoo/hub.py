@@ -21,6 +21,8 @@ from huggingface_hub import HfApi, ModelCard
 
 from sb3_dreamer_gpld.saving import atomic_file
 
+STATISTICS = "vec_normalize.pkl"  # of VecNormalize
+
 _CARD = """
 # **DreamerGPLD** playing **{env}**
 
@@ -100,14 +102,17 @@ def _client(run: Path, upload: bool) -> type[HfApi]:
 
         def snapshot_download(self, repo_id: str, *, local_dir: str | Path, **kwargs: Any) -> Any:  # type: ignore[override]
             if upload:
-                return super().snapshot_download(repo_id, local_dir=local_dir, **kwargs)
+                super().snapshot_download(repo_id, local_dir=local_dir, **kwargs)
             Path(local_dir).mkdir(parents=True, exist_ok=True)
+            (Path(local_dir) / STATISTICS).unlink(missing_ok=True)  # of an earlier agent; rl_zoo3 writes those of this one
             return str(local_dir)
 
         def upload_folder(self, *, repo_id: str, folder_path: str | Path, **kwargs: Any) -> Any:
             write_model_card(Path(folder_path), run, repo_id)
             if not upload:
                 raise _NotUploaded(folder_path)
+            if not (Path(folder_path) / STATISTICS).exists():
+                kwargs["delete_patterns"] = STATISTICS
             return super().upload_folder(repo_id=repo_id, folder_path=folder_path, **kwargs)
 
     return Client
@@ -142,7 +147,7 @@ def write_model_card(folder: Path, run: Path, repo_id: str) -> None:
     results = json.loads((folder / "results.json").read_text())
     command = next(iter(run.glob("*/command.txt")), None)
     card = ModelCard.load(folder / "README.md")
-    normalized = (folder / "vec_normalize.pkl").exists()
+    normalized = (folder / STATISTICS).exists()
     card.text = _CARD.format(
         env=env,
         results=results,

@@ -181,7 +181,7 @@ def _enjoy(args: list[str]) -> None:
 
     if not asks_for_help(args):
         options = parse(args, "no_render")
-        if suite_of(options.env) is not None and not options.no_render and not has_display():
+        if not (options.no_render or has_display() or "SDL_VIDEODRIVER" in os.environ):
             fail("there is no display to show the agent on: use --no-render, or record-video")
         args, _ = _prepare_agent(args, rendering=False)
     with given_arguments("enjoy", args):
@@ -206,11 +206,16 @@ def _record_video(args: list[str]) -> None:
     packages, args = take(args, "--gym-packages", nargs="+", default=[])
     import_packages(packages)
     if not asks_for_help(args):
-        if importlib.util.find_spec("moviepy") is None:
-            fail("Stable-Baselines3 writes videos with moviepy: pip install moviepy")
+        _require_moviepy()
         args, _ = _prepare_agent(args, rendering=True)
     with given_arguments("record-video", args):
         runpy.run_module("rl_zoo3.record_video", run_name="__main__")  # Inside rl_zoo3: a script without a function
+
+
+def _require_moviepy() -> None:
+    """:raises SystemExit: it is not there"""
+    if importlib.util.find_spec("moviepy") is None:
+        fail("Stable-Baselines3 writes videos with moviepy: pip install moviepy")
 
 
 def _push_to_hub(args: list[str]) -> None:
@@ -223,6 +228,8 @@ def _push_to_hub(args: list[str]) -> None:
     run = Path()
     if not asks_for_help(args):
         options = parse(args, "no_render", "organization")
+        if not options.no_render:
+            _require_moviepy()
         args, run = _prepare_agent(args, rendering=not options.no_render)
         if keep and not options.organization:
             args = [*args, "-orga", "local"]

@@ -128,7 +128,19 @@ def read_runs(folders: list[str], labels: list[str] | None, algos: list[str]) ->
                     continue
                 run = Run(log["timesteps"], log["results"].reshape(len(log["timesteps"]), -1).mean(1))
                 runs.setdefault(task, {}).setdefault(name, []).append(run)
-    return runs
+    return {task: _comparable(task, by_label) for task, by_label in runs.items()}
+
+
+def _comparable(task: str, by_label: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """Runs of a task without those that had ended when another one was evaluated for the first time, the shortest first."""
+    while True:
+        every = [run for runs in by_label.values() for run in runs]
+        first, last = max(steps[0] for steps, _ in every), min(steps[-1] for steps, _ in every)
+        if first <= last:
+            return by_label
+        print(f"{task}: a run of {last:,} steps is left out, since another was evaluated first after {first:,}")
+        kept = {label: [run for run in runs if run[0][-1] > last] for label, runs in by_label.items()}
+        by_label = {label: runs for label, runs in kept.items() if runs}
 
 
 class _Arguments(yaml.SafeLoader):

@@ -67,16 +67,18 @@ def _tolerant(manager: type[ExperimentManager]) -> type[ExperimentManager]:
 
     # Inside rl_zoo3: these two methods, and the text of an error
     class TolerantManager(manager):  # type: ignore[misc, valid-type]
-        last_error: Exception | None = None
+        last_error = "none"  # as text: the error itself would keep the model of its trial in memory
 
         def objective(self, trial: optuna.Trial) -> float:
             try:
                 return super().objective(trial)
-            except optuna.TrialPruned:
+            except optuna.TrialPruned as pruned:
+                if pruned.__cause__ is not None:  # an error that rl_zoo3 itself takes for a bad trial
+                    self.last_error = f"{type(pruned.__cause__).__name__}: {pruned.__cause__}"
                 raise
             except Exception as error:
-                self.last_error = error
-                print(f"Trial {trial.number} failed and is pruned: {type(error).__name__}: {error}", file=sys.stderr)
+                self.last_error = f"{type(error).__name__}: {error}"
+                print(f"Trial {trial.number} failed and is pruned: {self.last_error}", file=sys.stderr)
                 raise optuna.TrialPruned from error
 
         def hyperparameters_optimization(self) -> None:
@@ -85,6 +87,6 @@ def _tolerant(manager: type[ExperimentManager]) -> type[ExperimentManager]:
             except ValueError as error:
                 if "No trials are completed" not in str(error):
                     raise
-                fail(f"every trial was pruned, so there is no best one. The last failure: {self.last_error or 'none'}")
+                fail(f"every trial was pruned, so there is no best one. The last failure: {self.last_error}")
 
     return TolerantManager

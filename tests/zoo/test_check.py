@@ -187,6 +187,7 @@ def test_names_all_mistakes_of_an_entry() -> None:
         {"callback": ["stable_baselines3.common.callbacks.ProgressBarCallback"], "env_wrapper": None},
         {"env_wrapper": ["rl_zoo3.wrappers.HistoryWrapper", {"rl_zoo3.wrappers.ActionNoiseWrapper": {"noise_std": 0.1}}]},
         {"vec_env_wrapper": "stable_baselines3.common.vec_env.VecMonitor"},
+        {"env_wrapper": "rl_zoo3.utils.flatten_dict_observations"},  # a function
     ],
 )
 def test_accepts_what_rl_zoo3_accepts(entry: dict[str, Any]) -> None:

@@ -40,6 +40,9 @@ def test_push_to_hub_makes_the_files_without_network(
     for text in (f"{results['mean_reward']:.2f} ± ", "DreamerGPLD.load(", "train_ratio: 16", "| torch | "):
         assert text in card
     assert "VecNormalize" not in card
+    (files / "vec_normalize.pkl").touch()  # as of an agent that was pushed before
+    zoo.main(["push-to-hub", *args, "--no-render"])
+    assert not (files / "vec_normalize.pkl").exists() and "VecNormalize" not in (files / "README.md").read_text()
     (files / "vec_normalize.pkl").touch()
     hub.write_model_card(files, next((trained / "logs" / "dreamer_gpld").glob("Pendulum-v1_*")), "me/agent")
     card = (files / "README.md").read_text()
@@ -60,4 +63,14 @@ def test_push_to_hub_sends_the_folder_with_our_card(folder: Path, monkeypatch: p
     client.snapshot_download(repo_id="me/agent", local_dir=folder)
     client.upload_folder(repo_id="me/agent", folder_path=folder, commit_message="hello")
     assert [name for name, _ in calls] == ["create_repo", "snapshot_download", "card", "upload_folder"]
-    assert calls[-1][1] == {"repo_id": "me/agent", "folder_path": folder, "commit_message": "hello"}
+    expected = {"repo_id": "me/agent", "folder_path": folder, "commit_message": "hello"}
+    assert calls[-1][1] == {**expected, "delete_patterns": "vec_normalize.pkl"}
+    (folder / "vec_normalize.pkl").touch()
+    client.upload_folder(repo_id="me/agent", folder_path=folder, commit_message="hello")
+    assert calls[-1][1] == expected
+
+
+def test_push_to_hub_without_moviepy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="writes videos with moviepy"):
+        zoo.main(["push-to-hub", "--env", "Pendulum-v1"])

@@ -203,8 +203,9 @@ def test_rendering_needs_a_backend(folder: Path, monkeypatch: pytest.MonkeyPatch
         zoo.main(["record-video", "--env", "dm_control/reacher-easy-v0"])
 
 
-@pytest.mark.parametrize("env", ["dm_control/walker-walk-v0", "metaworld/reach-v3"])
-def test_enjoy_needs_a_display_for_mujoco(monkeypatch: pytest.MonkeyPatch, env: str) -> None:
+@pytest.mark.parametrize("env", ["dm_control/walker-walk-v0", "metaworld/reach-v3", "CartPole-v1"])
+def test_enjoy_needs_a_display(monkeypatch: pytest.MonkeyPatch, env: str) -> None:
     monkeypatch.setattr(zoo, "has_display", lambda: False)
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
     with pytest.raises(SystemExit, match="--no-render, or record-video"):
         zoo.main(["enjoy", "--env", env])

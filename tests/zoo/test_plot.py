@@ -72,6 +72,18 @@ def test_curves_end_with_the_shortest_run(capsys: pytest.CaptureFixture[str]) ->
     assert "Drawn up to 28 steps" in capsys.readouterr().out
 
 
+def test_runs_that_ended_before_others_were_evaluated_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows what the others would have returned there."""
+    for number, steps in enumerate(([1000, 5000], [25_000, 50_000], [24_000, 25_000])):
+        run = folder / "logs" / "dreamer_gpld" / f"Pendulum-v1_{number + 1}"
+        run.mkdir(parents=True)
+        np.savez(run / "evaluations.npz", timesteps=steps, results=[[-1000.0]] * 2)
+    runs = plot.read_runs(["logs"], ["x"], ["dreamer_gpld"])["Pendulum-v1"]["x"]
+    assert [steps.tolist() for steps, _ in runs] == [[25_000, 50_000], [24_000, 25_000]]
+    told = "Pendulum-v1: a run of 5,000 steps is left out, since another was evaluated first after 25,000"
+    assert capsys.readouterr().out.splitlines() == [told]
+
+
 def test_curves_are_labelled_by_algorithm_and_file(trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = str(trained / "logs")
     assert list(plot.read_runs([logs], None, ["dreamer_gpld"])["Pendulum-v1"]) == ["dreamer_gpld, small.yml"]

@@ -1,5 +1,7 @@
 """Optuna's search: the search space, and studies with trials that fail."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +88,33 @@ def test_a_study_without_a_complete_trial_says_why(folder: Path, monkeypatch: py
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(DreamerGPLD, "learn", fail)
-    with pytest.raises(SystemExit, match="every trial was pruned.*out of memory"):
+    with pytest.raises(SystemExit, match="every trial was pruned.*RuntimeError: out of memory"):
         zoo.main(["optimize", *STUDY, "--n-trials", "1"])
+
+
+def test_an_error_that_rl_zoo3_takes_for_a_bad_trial_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "small.yml").write_text(yaml.safe_dump({"default": {**PLAIN, **SMALL}}))
+
+    def fail(self: DreamerGPLD, *args: Any, **kwargs: Any) -> DreamerGPLD:
+        raise ValueError("the reward is not finite")
+
+    monkeypatch.setattr(DreamerGPLD, "learn", fail)
+    with pytest.raises(SystemExit, match="every trial was pruned.*ValueError: the reward is not finite"):
+        zoo.main(["optimize", *STUDY, "--n-trials", "1"])
+
+
+def test_a_failed_trial_leaves_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error would keep its model, and the next one may then find no room."""
+    (folder / "small.yml").write_text(yaml.safe_dump({"default": {**PLAIN, **SMALL}}))
+    models: list[weakref.ref[DreamerGPLD]] = []
+
+    def fail(self: DreamerGPLD, *args: Any, **kwargs: Any) -> DreamerGPLD:
+        gc.collect()
+        assert all(model() is None for model in models)
+        models.append(weakref.ref(self))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(DreamerGPLD, "learn", fail)
+    with pytest.raises(SystemExit, match="RuntimeError: out of memory"):
+        zoo.main(["optimize", *STUDY, "--n-trials", "3"])
+    assert len(models) == 3
