@@ -1,13 +1,13 @@
 """Everything that is asked of a GPU machine, in one command and a few minutes.
 
-Usage: python -m benchmarks.gpu [--minutes 8] [--to runs/gpu] [--device cuda] [--sizes 1m 12m 50m] [--only PART ...]
+Usage: python -m benchmarks.gpu [--minutes 8] [--to runs/gpu] [--device cuda] [--sizes 1m 12m] [--only PART ...]
 
 In this order, each part in a process of its own, so that one that breaks leaves the others:
 
     packages  what is missing here, and what the card is
     tests     tests/test_cuda.py; what it compiles comes after the times of updates
-    parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, compiled
-              and captured as a CUDA graph
+    parity    the recorded updates of the authors' release: largest error of a loss and of a gradient, uncompiled, that
+              recorded as a CUDA graph, compiled, and that recorded
     update    milliseconds, kernels and memory of an update, for each size, penalty and way to run it, as far as the time goes
     loop      steps and updates per second of the whole loop with 1 and 16 environments, and with 1 and the replay buffer on
               the device
@@ -43,7 +43,7 @@ PENALTIES: dict[str, dict[str, Any]] = {  # the most wanted figures first
     "exact": dict(posterior_penalty=0.5, penalty_estimator="exact"),
 }
 # Ways to run an update, those of one process together: compiling takes most of its time.
-MODES = (("uncompiled",), ("compiled", "captured"))
+MODES = (("uncompiled", "uncompiled, recorded"), ("compiled", "compiled, recorded"))
 RECORDINGS = ("cont0", "disc0", "image0")
 LAST_SECONDS = 20.0  # kept for saving at the end of a part
 LEAST_SECONDS = 15.0  # with less a part is not begun
@@ -74,13 +74,15 @@ def plan(sizes: list[str]) -> Iterator[Part]:
     """All parts in their order."""
     yield Part("packages", {}, 60.0)
     yield Part("tests", {"chosen": "not compiled"}, 120.0)
-    for modes in MODES:
-        for recording in RECORDINGS:
-            yield Part("parity", {"recording": recording, "modes": modes}, 60.0 if len(modes) == 1 else 90.0, reserve=300.0)
-    for penalty, size, modes in itertools.product(PENALTIES, sizes, MODES):
-        limit = 45.0 if len(modes) == 1 else 150.0
-        yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=150.0)
-    yield Part("tests", {"chosen": "compiled"}, 120.0, reserve=150.0)
+    uncompiled, compiled = MODES
+    yield Part("parity", {"recordings": RECORDINGS, "modes": uncompiled}, 90.0, reserve=240.0)
+    yield Part("parity", {"recordings": RECORDINGS[:1], "modes": compiled}, 150.0, reserve=200.0)
+    for penalty in PENALTIES:
+        for size, modes in itertools.product(sizes, MODES):
+            limit = 60.0 if modes is uncompiled else 150.0
+            yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=120.0)
+        if penalty == next(iter(PENALTIES)):
+            yield Part("tests", {"chosen": "compiled"}, 120.0, reserve=150.0)
     for environments, storage in ((1, "host"), (1, "device"), (16, "host")):
         yield Part("loop", {"size": sizes[0], "environments": environments, "storage": storage}, 120.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
@@ -128,14 +130,24 @@ def tests(device: str, folder: Path, seconds: float, chosen: str) -> dict[str, A
     return {"summary": lines[-1:]}
 
 
-def parity(device: str, folder: Path, seconds: float, recording: str, modes: Sequence[str]) -> dict[str, Any]:
-    """Largest relative error of a loss, and of a gradient beside its largest entry, in each way to run it."""
+def parity(device: str, folder: Path, seconds: float, recordings: Sequence[str], modes: Sequence[str]) -> dict[str, Any]:
+    """Largest relative error of a loss, and of a gradient beside its largest entry, of each recording in each way."""
+    found: dict[str, Any] = {}
+    for recording in recordings:
+        for mode, errors in errors_of(recording, device, modes):
+            found.setdefault(recording, {})[mode] = errors
+            note(folder, found)
+    return found
+
+
+def errors_of(recording: str, device: str, modes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """:func:`parity` of one recording, mode by mode."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "nets")]
     import torch as th
     from test_parity import RECORDINGS, Recording
     from torch.utils._pytree import tree_map
 
-    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING, Execution
+    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING, CudaGraphs, Execution
     from sb3_dreamer_gpld.learner import Draws
 
     th.backends.cudnn.allow_tf32 = False  # the recordings are in float32
@@ -152,16 +164,13 @@ def parity(device: str, folder: Path, seconds: float, recording: str, modes: Seq
         total.backward()
         return total.detach()
 
-    found: dict[str, Any] = {}
+    recorder = CudaGraphs(model.device) if model.device.type == "cuda" else None
     for mode in modes:
-        if mode != "uncompiled" and not execution.compiled:
+        if mode.startswith("compiled") and not execution.compiled:
             execution.compile()
-        recorder = execution.recorder
-        if mode != "captured":
-            execution.recorder = None
+        execution.recorder = recorder if mode.endswith("recorded") else None
         for _ in range(CALLS_BEFORE_RECORDING + 2):  # so many that it is captured, and replayed
             total = execution.run_whole(gradients_of, lambda: "parity", moved)
-        execution.recorder = recorder
         ours = {key: value.grad.cpu() for key, value in model.policy.named_parameters() if value.grad is not None}
         errors = {
             key: float((ours[key] - value).abs().max() / value.abs().max())
@@ -171,10 +180,8 @@ def parity(device: str, folder: Path, seconds: float, recording: str, modes: Seq
         worst = max(errors, key=errors.__getitem__)
         expected = recorded.tensor("loss_total")
         error = float((total.detach().cpu() - expected).abs() / expected.abs())
-        found[mode] = {"loss": error, "gradient": errors[worst], "worst": worst}
-        found[mode]["captured"] = mode == "captured" and execution.is_recorded("gradients_of")
-        note(folder, found)
-    return found
+        is_recorded = execution.recorder is not None and execution.is_recorded("gradients_of")
+        yield mode, {"loss": error, "gradient": errors[worst], "worst": worst, "recorded": is_recorded}
 
 
 def update(device: str, folder: Path, seconds: float, size: str, penalty: str, modes: Sequence[str]) -> dict[str, Any]:
@@ -182,21 +189,22 @@ def update(device: str, folder: Path, seconds: float, size: str, penalty: str, m
     import torch as th
 
     from benchmarks.walker import filled_model
-    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING
+    from sb3_dreamer_gpld.execution import CALLS_BEFORE_RECORDING, CudaGraphs
 
-    options = {"compile": modes[0] != "uncompiled", "precision": "auto", "buffer_size": 10_000, **PENALTIES[penalty]}
+    options = {"compile": modes[0].startswith("compiled"), "precision": "auto", "buffer_size": 10_000, **PENALTIES[penalty]}
     model = filled_model(model_size=size, device=device, **options)
     execution, found = model.learner.execution, dict[str, Any]()
-    recorder = execution.recorder
+    recorder = CudaGraphs(model.device) if model.device.type == "cuda" else None
     for mode in modes:
-        execution.recorder = recorder if mode == "captured" else None
+        execution.recorder = recorder if mode.endswith("recorded") else None
         if model.device.type == "cuda":
             th.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         model.train(1, model.batch_size)
         first = time.perf_counter() - start
         model.train(CALLS_BEFORE_RECORDING + 2, model.batch_size)
-        found[mode] = {"first_s": first, **timed(model), "captured": mode == "captured" and execution.is_recorded("step")}
+        is_recorded = execution.recorder is not None and execution.is_recorded("step")
+        found[mode] = {"first_s": first, **timed(model), "recorded": is_recorded}
         note(folder, found)  # the profiler may fail
         found[mode] |= launched(model)
         note(folder, found)
@@ -362,7 +370,10 @@ def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int
 
     end = time.perf_counter() + 60 * minutes
     results: list[dict[str, Any]] = []
+    missing: set[str] = set()
     for part in parts:
+        if part.name == "walk" and missing:
+            continue
         left = end - time.perf_counter() - part.reserve
         if left < LEAST_SECONDS:
             results.append({"part": part.title, "status": "no time left"})
@@ -370,6 +381,10 @@ def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int
             results.append(run_part(part, device, folder, min(part.limit, left)))
         print(json.dumps(results[-1]), flush=True)
         write_json(folder / "results.json", results)
+        missing = missing or set(results[-1].get("missing", ()))
+        if missing & set(NEEDED):
+            print(f"Nothing else can run without {', '.join(sorted(missing & set(NEEDED)))}")
+            return 1
     return sum(result["status"] != "ok" for result in results)
 
 
@@ -378,7 +393,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together (default: 8)")
     parser.add_argument("--to", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)")
     parser.add_argument("--device", default="cuda", help="cpu tries the command itself (default: cuda)")
-    parser.add_argument("--sizes", nargs="+", default=["1m", "12m", "50m"], help="of the models (default: 1m 12m 50m)")
+    parser.add_argument("--sizes", nargs="+", default=["1m", "12m"], help="of the models (default: 1m 12m)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts (default: all)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, default={}, help=argparse.SUPPRESS)

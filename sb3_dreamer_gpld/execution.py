@@ -172,19 +172,29 @@ class CudaGraphs:
     """
 
     def __init__(self, device: th.device) -> None:
-        self.stream = th.cuda.Stream(device)
+        self.device = device
+        # By the function's name. A graph that is dropped gives back the memory that libraries work in on its stream, which
+        # another one that was recorded there would still use
+        self._streams: dict[str, th.cuda.Stream] = {}
+
+    def _stream_of(self, function: Callable[[Any], Any]) -> th.cuda.Stream:
+        name = function.__name__
+        if name not in self._streams:
+            self._streams[name] = th.cuda.Stream(self.device)
+        return self._streams[name]
 
     def warm_up(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, str]:
-        current, mode = th.cuda.current_stream(self.stream.device), th.cuda.get_sync_debug_mode()
-        self.stream.wait_stream(current)
-        with warnings.catch_warnings(record=True) as told, th.cuda.stream(self.stream):
+        current, mode = th.cuda.current_stream(self.device), th.cuda.get_sync_debug_mode()
+        stream = self._stream_of(function)
+        stream.wait_stream(current)
+        with warnings.catch_warnings(record=True) as told, th.cuda.stream(stream):
             warnings.simplefilter("always")
             th.cuda.set_sync_debug_mode("warn")
             try:
                 outputs = function(inputs)
             finally:
                 th.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
         # An operation that waits would break a recording, and leave the allocator and the random numbers in one
         waits = [each for each in told if "synchronizing CUDA operation" in str(each.message)]
         for each in told:  # PyTorch tells of its debug mode itself
@@ -193,12 +203,12 @@ class CudaGraphs:
         return outputs, str(waits[0].message) if waits else ""
 
     def record(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, Callable[[], object]]:
-        current, graph = th.cuda.current_stream(self.stream.device), th.cuda.CUDAGraph()
+        current, graph, stream = th.cuda.current_stream(self.device), th.cuda.CUDAGraph(), self._stream_of(function)
         gc.collect()  # what is freed during a recording would break it
         th.clear_autocast_cache()
         # The outer context goes back to the streams of before, which a recording that fails does not
         # Other threads may go on meanwhile
-        with th.cuda.stream(current), th.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with th.cuda.stream(current), th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = function(inputs)
         return outputs, graph.replay
 

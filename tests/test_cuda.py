@@ -109,6 +109,46 @@ def test_a_function_that_waits_is_not_captured() -> None:
     assert all(th.equal(each, th.full((3,), 3.0)) for each in results) and not execution.is_recorded("reading")
 
 
+def test_a_recording_that_is_dropped_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the memory that its products work in."""
+    device, made_for = th.device("cuda"), [0]
+    execution = Execution(th.nn.Linear(1, 1).cuda(), device)
+    execution.recorder = CudaGraphs(device)
+    weights = [th.randn(2048, 2048, device=device) for _ in range(2)]
+
+    def first(inputs: th.Tensor) -> th.Tensor:
+        return inputs @ weights[0]
+
+    def second(inputs: th.Tensor) -> th.Tensor:
+        return inputs @ weights[1]
+
+    inputs = th.randn(2048, 2048, device=device)
+    for _ in range(6):
+        for function in (first, second):
+            execution.run_whole(function, lambda: made_for[0] if function is first else 0, inputs)  # noqa: B023
+    assert execution.is_recorded("first") and execution.is_recorded("second")
+    made_for[0] = 1
+    execution.run_whole(first, lambda: 1, inputs)
+    assert not execution.is_recorded("first")
+    th.cuda.empty_cache()
+    held = th.full((64, 2**20), 7.0, device=device)  # lies where memory was given back
+    th.testing.assert_close(execution.run_whole(second, lambda: 0, inputs), inputs @ weights[1])
+    assert (held == 7.0).all()
+
+
+def test_spectral_norms_are_not_in_half_precision() -> None:
+    kwargs = {"policy_kwargs": {"spectral_norm": ["actor"]}}
+    policy = DreamerGPLD("MlpPolicy", "Pendulum-v1", seed=0, device="cuda", **SIZES, **kwargs).policy.eval()
+    linear = policy.actor_critic.policy.layers[0].linear
+    with th.autocast("cuda", th.bfloat16):
+        weight = linear.weight
+    assert th.equal(weight, linear.weight)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, th.__version__.split(".")[:2])) < (2, 13),
+    reason="older releases of PyTorch stay in a recording that failed",
+)
 def test_a_capture_that_fails_leaves_the_rest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where waiting was not seen before."""
     monkeypatch.setattr(CudaGraphs, "warm_up", lambda self, function, inputs: (function(inputs), ""))

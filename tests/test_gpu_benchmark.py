@@ -78,18 +78,36 @@ def test_the_order() -> None:
     assert names == ["packages", "tests", "parity", "update", "loop", "walk"] == list(gpu.PARTS)
     updates = [part.options for part in parts if part.name == "update"]
     assert len(updates) == 2 * 2 * 3 and [each["penalty"] for each in updates[:4]] == ["hutchinson"] * 4
-    assert {mode for each in updates for mode in each["modes"]} == {"uncompiled", "compiled", "captured"}
+    ways = {mode for each in updates for mode in each["modes"]}
+    assert ways == {"uncompiled", "uncompiled, recorded", "compiled", "compiled, recorded"}
+
+
+def test_nothing_is_tried_without_what_all_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run needs a simulator, too."""
+    names = ["packages", "loop", "walk"]
+    for missing, made in ((["gymnasium"], names[:1]), (["mujoco"], names[:2]), ([], names)):
+        begun: list[str] = []
+
+        def run_part(part: gpu.Part, *args: object, missing: list[str] = missing, begun: list[str] = begun) -> dict:
+            begun.append(part.name)
+            return {"part": part.title, "status": "ok", **({"missing": missing} if part.name == "packages" else {})}
+
+        monkeypatch.setattr(gpu, "run_part", run_part)
+        parts = [part for part in gpu.plan(["debug"]) if part.name in names]
+        status = gpu.run_all(parts, "cpu", tmp_path, 30)
+        assert list(dict.fromkeys(begun)) == made and status == ("gymnasium" in missing)
 
 
 def test_parity_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled; what was found before a part breaks is kept."""
     monkeypatch.setattr(th.backends.cudnn, "allow_tf32", th.backends.cudnn.allow_tf32)  # which it changes
     monkeypatch.setattr(sys, "path", [*sys.path])
-    found = gpu.parity("cpu", tmp_path, 60.0, "cont0", ["uncompiled"])
-    assert found["uncompiled"]["loss"] < 1e-5 and found["uncompiled"]["gradient"] < 1e-3
+    found = gpu.parity("cpu", tmp_path, 60.0, ["cont0", "disc0"], ["uncompiled"])
+    assert list(found) == ["cont0", "disc0"]
+    assert all(each["uncompiled"]["loss"] < 1e-5 and each["uncompiled"]["gradient"] < 1e-3 for each in found.values())
     assert json.loads((tmp_path / "part.json").read_text()) == found
     found = gpu.update("cpu", tmp_path, 60.0, "debug", "off", ["uncompiled", "no such way"])
-    assert 0 < found["uncompiled"]["ms"] and not found["uncompiled"]["captured"]
+    assert 0 < found["uncompiled"]["ms"] and not found["uncompiled"]["recorded"]
 
     def broken(model: object) -> dict:
         raise RuntimeError("no profiler")

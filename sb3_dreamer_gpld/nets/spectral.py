@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
-from torch.nn.utils import parametrizations
+import torch as th
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from sb3_dreamer_gpld.nets.layers import NormedLinear
 
@@ -45,7 +46,18 @@ def normalize_spectrally(policy: Any, nets: Sequence[str]) -> None:
         if not linears:
             raise ValueError(f"spectral_norm={name!r}: this policy's {name} has no hidden layers that could be normalised")
         for linear in linears:
-            parametrizations.spectral_norm(linear)
+            parametrize.register_parametrization(linear, "weight", SpectralNorm(linear.weight))
+
+
+class SpectralNorm(parametrizations._SpectralNorm):  # Inside PyTorch: what spectral_norm registers
+    """PyTorch's, in the weight's own precision: on a GPU its products would be those of bfloat16 where the nets' are."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """:param weight: (outputs, inputs)
+        :return: divided by its largest singular value
+        """
+        with th.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
 
 
 def hidden_linears(net: nn.Module | None) -> Iterator[nn.Linear]:

@@ -13,7 +13,7 @@ from test_dreamer_gpld import BOX, RandomSpaces, tiny
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.config import SPECTRAL_NETS
-from sb3_dreamer_gpld.nets.spectral import NETS, hidden_linears
+from sb3_dreamer_gpld.nets.spectral import NETS, SpectralNorm, hidden_linears
 from sb3_dreamer_gpld.policies import MlpPolicy
 
 
@@ -38,6 +38,25 @@ def test_weights_are_divided_by_their_largest_singular_value(net: str) -> None:
             probe = th.randn(original.shape, dtype=th.float64, generator=th.Generator().manual_seed(0))
             ours, expected = (th.autograd.grad((w * probe).sum(), original)[0] for w in (linear.weight, reference))
             th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_they_are_those_of_pytorch() -> None:
+    """By the same names in files, with the same numbers; and in the weights' precision where products are in another."""
+    th.manual_seed(0)
+    ours, theirs = th.nn.Linear(7, 5), th.nn.Linear(7, 5)
+    theirs.load_state_dict(ours.state_dict())
+    for kind, linear in ((SpectralNorm, ours), (None, theirs)):
+        th.manual_seed(1)
+        if kind is None:
+            th.nn.utils.parametrizations.spectral_norm(linear)
+        else:
+            th.nn.utils.parametrize.register_parametrization(linear, "weight", kind(linear.weight))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert th.equal(ours.weight, theirs.weight)
+    ours.eval()
+    with th.autocast("cpu", th.bfloat16):
+        weight = ours.weight
+    assert weight.dtype == th.float32 and th.equal(weight, theirs.eval().weight)
 
 
 def test_only_the_nets_that_are_named() -> None:
