@@ -33,7 +33,7 @@ def test_the_figure_and_the_text_are_those_of_the_results() -> None:
     """What is written by hand names the blocks and seeds that it is about; the figure has a digest of its numbers."""
     found = protocol.complete()
     done = sum(all(job.finished for job in jobs) for jobs in protocol.every_block())
-    known = page.PAGE.read_text(encoding="utf-8").split("## What is known so far\n")[1]
+    known = page.PAGE.read_text(encoding="utf-8").split("## What is known so far\n")[1].split("\n## ")[0]
     words = ["no", "one", "two", "three", "four"][len(found.seeds)]
     assert f"{done} of 24 blocks, {words} seed" in known
     readme = (page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
@@ -161,6 +161,11 @@ def test_tables(results: Path) -> None:
     assert tasks[-1] == "| evaluated, most probable actions | both | 700 (700, 700) | 700 (700, 700) |"
     differences = list(page.differences_table(found))
     assert differences[-1] == "| last tenth | both | +100 (+100, +100) | +100 (+100, +100) |"
+    for arm in ARMS:  # a third seed of one task
+        write_run(Job(arm, "walker-walk", SEEDS[2], FRAMES), np.full(40, 100.0 + 7.0 * (arm == BOTH)), None)
+    assert protocol.complete() == found
+    assert list(page.differences_table(found))[-1] == "| last tenth | both | +100 (+100, +100; +7) | +100 (+100, +100) |"
+    assert list(page.tasks_table(found))[5] == "| last tenth | both | 320 (320, 321; 107) | 520 (520, 521) |"
     measures = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.measures_table(found)}
     assert measures["transition ratio"][:3] == ["1.00", "1.00", "0.50"]
     assert "| transition ratio | both | 0.50 | 0.50 |" in list(page.measures_by_task_table(found))
@@ -177,8 +182,8 @@ def test_the_page_says_what_is_left_out(results: Path) -> None:
     write_run(Job("penalty-prior-5", "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), 1.0)
     blocks, tables, left, unmeasured = page.finished_table(protocol.complete())
     assert blocks == "**4 of 24 blocks are finished**; the question is decided once, when all are."
-    assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard; intervals begin with two seeds."
-    assert left.endswith(f"not in the tables: none, hopper-hop, {SEEDS[0]}; prior 5, hopper-hop, {SEEDS[0]}.")
+    assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard; one seed has no interval."
+    assert left.endswith(f"finished on all tasks: none, hopper-hop, {SEEDS[0]}; prior 5, hopper-hop, {SEEDS[0]}.")
     assert unmeasured.endswith(f"not measured: none, hopper-hop, {SEEDS[0]}; none, walker-walk, {SEEDS[1]}.")
     assert len(list(page.finished_table(protocol.Seeds((), ())))) == 3
 

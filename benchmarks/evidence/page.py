@@ -14,10 +14,12 @@ from benchmarks.evidence.protocol import (
     GROUPS,
     NONE,
     PENALTIES,
+    SEEDS,
     WEIGHTS,
     Seeds,
     complete,
     every_block,
+    jobs_of,
     other_weights,
 )
 from benchmarks.evidence.scores import (
@@ -101,8 +103,9 @@ def finished_table(found: Seeds) -> Iterator[str]:
     yield f"**{len(done)} of {len(blocks)} blocks are finished**; the question is decided once, when all are."
     if found.seeds:
         seeds = ", ".join(map(str, found.seeds))
-        yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}; intervals begin with two seeds."
-    yield f"Runs that began and are not in the tables: {named(job for job in began if job not in shown)}."
+        yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}; one seed has no interval."
+    left_out = named(job for job in began if job not in shown)
+    yield f"Runs that are not in the means, which a seed enters when it is finished on all tasks: {left_out}."
     yield f"Finished runs whose model was not measured: {named(unmeasured)}."
 
 
@@ -143,13 +146,28 @@ def returns_table(found: Seeds) -> Iterator[str]:
 
 
 def by_task(arm: str, score: Score, found: Seeds, minus: str | None = None) -> str:
-    """Cells of an arm: returns on each task, mean and every seed; minus those of another arm."""
-    scores = LARGEST_RETURN * scores_of(arm, score, found.tasks, found.seeds)[..., 0]  # (seeds, tasks)
-    sign = ""
-    if minus is not None:
-        scores, sign = scores - LARGEST_RETURN * scores_of(minus, score, found.tasks, found.seeds)[..., 0], "+"
-    every = (f"{each.mean():{sign}.0f} ({', '.join(f'{x:{sign}.0f}' for x in each)})" for each in scores.T)
-    return " | ".join(every)
+    """Cells of an arm: returns on each task, mean and every seed, and behind a semicolon :func:`further` seeds; minus those of
+    another arm."""
+    sign = "" if minus is None else "+"
+
+    def returns(task: str, seeds: Sequence[int]) -> np.ndarray:
+        values = LARGEST_RETURN * scores_of(arm, score, [task], seeds)[:, 0, 0]
+        return values if minus is None else values - LARGEST_RETURN * scores_of(minus, score, [task], seeds)[:, 0, 0]
+
+    def listed(values: np.ndarray) -> str:
+        return ", ".join(f"{x:{sign}.0f}" for x in values)
+
+    cells = []
+    for task in found.tasks:
+        values, more = returns(task, found.seeds), further(task, found)
+        behind = f"; {listed(returns(task, more))}" if more else ""
+        cells.append(f"{values.mean():{sign}.0f} ({listed(values)}{behind})")
+    return " | ".join(cells)
+
+
+def further(task: str, found: Seeds) -> list[int]:
+    """Seeds that are finished on a task, and not on all."""
+    return [seed for seed in SEEDS if seed not in found.seeds and all(job.finished for job in jobs_of(task, seed))]
 
 
 def tasks_table(found: Seeds) -> Iterator[str]:
