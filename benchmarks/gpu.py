@@ -46,7 +46,6 @@ PENALTIES: dict[str, dict[str, Any]] = {  # the most wanted figures first
 MODES = (("uncompiled", "uncompiled, recorded"), ("compiled", "compiled, recorded"))
 RECORDINGS = ("cont0", "disc0", "image0")
 LAST_SECONDS = 20.0  # kept for saving at the end of a part
-LEAST_SECONDS = 15.0  # with less a part is not begun
 
 
 class Part(NamedTuple):
@@ -56,12 +55,14 @@ class Part(NamedTuple):
     :param options: keyword arguments of that function, beside the device and the folder
     :param limit: seconds after which it is stopped
     :param reserve: seconds that it leaves for the parts after it
+    :param least: seconds with less of which it is not begun
     """
 
     name: str
     options: dict[str, Any]
     limit: float
     reserve: float = 0.0
+    least: float = 15.0
 
     @property
     def title(self) -> str:
@@ -76,13 +77,13 @@ def plan(sizes: list[str]) -> Iterator[Part]:
     yield Part("tests", {"chosen": "not compiled"}, 120.0)
     uncompiled, compiled = MODES
     yield Part("parity", {"recordings": RECORDINGS, "modes": uncompiled}, 90.0, reserve=240.0)
-    yield Part("parity", {"recordings": RECORDINGS[:1], "modes": compiled}, 150.0, reserve=200.0)
+    yield Part("parity", {"recordings": RECORDINGS[:1], "modes": compiled}, 150.0, reserve=200.0, least=60.0)
     for penalty in PENALTIES:
-        for size, modes in itertools.product(sizes, MODES):
-            limit = 60.0 if modes is uncompiled else 150.0
-            yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=120.0)
+        for modes, size in itertools.product(MODES, sizes):
+            limit, least = (60.0, 15.0) if modes is uncompiled else (150.0, 60.0)
+            yield Part("update", {"size": size, "penalty": penalty, "modes": modes}, limit, reserve=90.0, least=least)
         if penalty == next(iter(PENALTIES)):
-            yield Part("tests", {"chosen": "compiled"}, 120.0, reserve=150.0)
+            yield Part("tests", {"chosen": "compiled"}, 120.0, reserve=90.0, least=60.0)
     for environments, storage in ((1, "host"), (1, "device"), (16, "host")):
         yield Part("loop", {"size": sizes[0], "environments": environments, "storage": storage}, 120.0, reserve=60.0)
     yield Part("walk", {"size": "12m" if "12m" in sizes else sizes[-1]}, float("inf"))
@@ -98,10 +99,12 @@ def note(folder: Path, found: dict[str, Any]) -> None:
 
 def packages(device: str, folder: Path, seconds: float) -> dict[str, Any]:
     """Versions of what is here, and names of what is not."""
-    import torch as th
-
     names = (*NEEDED, *TASKS_NEED)
     missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if "torch" in missing:
+        return {"missing": missing}
+    import torch as th
+
     distributions = {"yaml": "pyyaml"}
     versions = {name: importlib.metadata.version(distributions.get(name, name)) for name in names if name not in missing}
     card = th.cuda.get_device_name() if th.cuda.is_available() else None
@@ -372,10 +375,10 @@ def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int
     results: list[dict[str, Any]] = []
     missing: set[str] = set()
     for part in parts:
-        if part.name == "walk" and missing:
-            continue
         left = end - time.perf_counter() - part.reserve
-        if left < LEAST_SECONDS:
+        if part.name == "walk" and missing:
+            results.append({"part": part.title, "status": f"missing: {', '.join(sorted(missing))}"})
+        elif left < part.least:
             results.append({"part": part.title, "status": "no time left"})
         else:
             results.append(run_part(part, device, folder, min(part.limit, left)))

@@ -45,12 +45,14 @@ def end_processes(env: VecEnv) -> None:
     """
     unwrapped = env.unwrapped
     assert isinstance(unwrapped, SubprocVecEnv)
-    for remote in unwrapped.remotes:
-        remote.close()  # by which the others end by themselves
+    for process in unwrapped.processes:
+        process.terminate()  # a closed connection alone would make each of the others print an error
     for process in unwrapped.processes:
         process.join(1.0)
         process.kill()  # if it hangs
         process.join()
+    for remote in unwrapped.remotes:
+        remote.close()
     unwrapped.waiting, unwrapped.closed = False, True
 
 

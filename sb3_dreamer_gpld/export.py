@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
@@ -193,6 +194,9 @@ def _plain_copy(policy: DreamerPolicy) -> DreamerPolicy:
         copy = type(policy)(**{**policy._get_constructor_parameters(), "planner": None})
     copy.load_state_dict(policy.state_dict())
     copy.set_training_mode(False)
+    for module in copy.modules():
+        if parametrize.is_parametrized(module):  # by spectral_norm: what it makes of the weights is constant now
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
     return copy.requires_grad_(False)
 
 

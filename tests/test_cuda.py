@@ -109,7 +109,7 @@ def test_a_function_that_waits_is_not_captured() -> None:
     assert all(th.equal(each, th.full((3,), 3.0)) for each in results) and not execution.is_recorded("reading")
 
 
-def test_a_recording_that_is_dropped_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_that_is_dropped_leaves_the_others() -> None:
     """Also the memory that its products work in."""
     device, made_for = th.device("cuda"), [0]
     execution = Execution(th.nn.Linear(1, 1).cuda(), device)

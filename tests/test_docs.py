@@ -206,6 +206,7 @@ def stop_at_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command line read its arguments, and look up the files and environments that they name."""
     pytest.importorskip("rl_zoo3")
+    from sb3_dreamer_gpld.zoo import environments
     from sb3_dreamer_gpld.zoo import main as zoo
     from sb3_dreamer_gpld.zoo.arguments import CONFIGS
     from sb3_dreamer_gpld.zoo.sweep import ARMS
@@ -213,7 +214,7 @@ def check_zoo_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     stop_at_arguments(monkeypatch)
     monkeypatch.setattr(zoo, "_prepare_training", lambda args, evaluates: args)
     monkeypatch.setattr(zoo, "_prepare_agent", lambda args, rendering: ([*args, "--algo", zoo.NAME, "-f", "logs"], Path()))
-    monkeypatch.setattr(zoo, "has_display", lambda: True)
+    monkeypatch.setattr(environments, "has_display", lambda: True)
     with pytest.raises(Parsed) as parsed:
         zoo.main(words)
     for config in behind(words, "-conf"):

@@ -118,6 +118,17 @@ def test_normalised_observations_go_in_as_float32(tmp_path: Path) -> None:
     assert model.observation_space == space
 
 
+def test_spectral_norms_are_in_the_weights(tmp_path: Path) -> None:
+    model = trained("vector, box", policy_kwargs={"spectral_norm": ["encoder", "posterior", "actor"]})
+    step, _ = load(export_policy(model, tmp_path / "policy"))
+    observation, start = np.random.default_rng(0).uniform(-1, 1, (2, 3)).astype(np.float32), np.ones(2, bool)
+    expected, _ = model.predict(observation, episode_start=start, deterministic=True)
+    zeros = tuple(th.zeros(2, *shape) for shape in ((32,), (4, 4), (3,)))
+    actions, _ = step(th.as_tensor(observation), zeros, th.as_tensor(start))
+    np.testing.assert_allclose(actions.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert not any("autocast" in str(node.target) or "mv" in str(node.target) for node in step.graph.nodes)
+
+
 def test_the_actions_of_this_test_differ() -> None:
     """So that equal ones mean something."""
     model = trained("vector, box")

@@ -133,15 +133,20 @@ def close(env: SubprocVecEnv) -> None:
     env.close()
 
 
-def test_a_process_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_killed(number: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others end without a word."""
     env = SubprocVecEnv([good, good])
     try:
         model = tiny(VecMonitor(env), "MultiInputPolicy")
-        with pytest.raises(RuntimeError, match="At step 50 the process of environment 1 was killed by signal 9") as info:
-            model.learn(100, callback=[CheckpointCallback(20, str(tmp_path), save_replay_buffer=True), Kill(1)])
+        with pytest.raises(
+            RuntimeError, match=f"At step 50 the process of environment {number} was killed by signal 9"
+        ) as info:
+            model.learn(100, callback=[CheckpointCallback(20, str(tmp_path), save_replay_buffer=True), Kill(number)])
         assert isinstance(info.value.__cause__, (EOFError, ConnectionError))
     finally:
         close(env)
+    assert "Traceback" not in capfd.readouterr().err
     check_saved_before(model, tmp_path, 40)
 
 

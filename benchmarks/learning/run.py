@@ -36,6 +36,10 @@ EPISODES_PER_SAVE = 2
 DIGITS = 5
 
 
+class CheckpointMissing(FileNotFoundError):
+    """A run cannot go on."""
+
+
 class LastValues(KVWriter):
     """Keeps the values of the last log."""
 
@@ -63,7 +67,7 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
     :param seed: of everything
     :param folder: of the checkpoints
     :param compile: as in DreamerGPLD
-    :raises FileNotFoundError: it was stopped, and its checkpoint is not there
+    :raises CheckpointMissing: it was stopped, and would overwrite its results
     """
     stem = f"{name}_{arm}_{seed}"
     returns_file, losses_file = RESULTS / f"{stem}_returns.csv", RESULTS / f"{stem}_losses.csv"
@@ -78,8 +82,9 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
         model.env.seed(1000 * seed + model.num_timesteps)  # not the first episode's start again
     else:
         if returns_file.exists():
-            raise FileNotFoundError(
-                f"{checkpoint} is missing, from which the run of {returns_file.name} would go on, and beginning it anew would "
+            absent = buffer_file if checkpoint.exists() else checkpoint
+            raise CheckpointMissing(
+                f"{absent} is missing, from which the run of {returns_file.name} would go on, and beginning it anew would "
                 f"overwrite its results. Allowed: other --arms or --seeds, or move {stem}_*.csv away first"
             )
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +141,7 @@ def main() -> int:
                 continue
             try:
                 run(args.protocol, protocol, arm, seed, args.runs, args.compile)
-            except FileNotFoundError as error:
+            except CheckpointMissing as error:
                 print(error)
                 status = 1
     return status

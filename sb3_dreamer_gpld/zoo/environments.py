@@ -13,9 +13,22 @@ from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.envs import DM_CONTROL, suite_of
 from sb3_dreamer_gpld.zoo.arguments import fail
 
+WITH_PYGAME = tuple(f"gymnasium.envs.{group}" for group in ("classic_control", "box2d", "toy_text"))
+
 
 def has_display() -> bool:
     return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def can_be_shown(env_id: str) -> bool:
+    """Whether an environment can be shown: not in a window of its own, where there is no display."""
+    known = gym.registry.get(env_id)
+    made_by = str(known.entry_point) if known is not None else ""
+    if has_display():
+        return True
+    if suite_of(env_id) is not None or made_by.startswith("gymnasium.envs.mujoco"):
+        return False
+    return "SDL_VIDEODRIVER" in os.environ or not made_by.startswith(WITH_PYGAME)
 
 
 def set_up_rendering() -> bool:

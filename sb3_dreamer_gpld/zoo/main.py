@@ -38,7 +38,7 @@ from sb3_dreamer_gpld.zoo.arguments import (
     take,
 )
 from sb3_dreamer_gpld.zoo.check import check_entry, check_file
-from sb3_dreamer_gpld.zoo.environments import has_display, import_packages, prepare_environment
+from sb3_dreamer_gpld.zoo.environments import can_be_shown, import_packages, prepare_environment
 from sb3_dreamer_gpld.zoo.register import register
 from sb3_dreamer_gpld.zoo.search import tolerant_studies
 
@@ -181,7 +181,7 @@ def _enjoy(args: list[str]) -> None:
 
     if not asks_for_help(args):
         options = parse(args, "no_render")
-        if not (options.no_render or has_display() or "SDL_VIDEODRIVER" in os.environ):
+        if not options.no_render and not can_be_shown(options.env):
             fail("there is no display to show the agent on: use --no-render, or record-video")
         args, _ = _prepare_agent(args, rendering=False)
     with given_arguments("enjoy", args):
@@ -196,7 +196,7 @@ def _enjoy_trained(args: list[str]) -> None:
     except (FileNotFoundError, ValueError) as error:
         fail(f"--trained {options.trained}: {error}")
     prepare_environment(agent.env, [], rendering=False)
-    if not options.no_render and not has_display():
+    if not options.no_render and not can_be_shown(agent.env):
         fail("there is no display to show the agent on: use --no-render")
     enjoy.run(agent, policy, options)
 

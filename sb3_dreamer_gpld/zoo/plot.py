@@ -138,7 +138,8 @@ def _comparable(task: str, by_label: dict[str, list[Run]]) -> dict[str, list[Run
         first, last = max(steps[0] for steps, _ in every), min(steps[-1] for steps, _ in every)
         if first <= last:
             return by_label
-        print(f"{task}: a run of {last:,} steps is left out, since another was evaluated first after {first:,}")
+        ended = sum(run[0][-1] <= last for run in every)
+        print(f"{task}: {ended} run(s) of {last:,} steps left out, since another was evaluated first after {first:,}")
         kept = {label: [run for run in runs if run[0][-1] > last] for label, runs in by_label.items()}
         by_label = {label: runs for label, runs in kept.items() if runs}
 
@@ -242,7 +243,11 @@ def _draw_aggregate(runs: Runs, style: Style, file: Path) -> None:
     if not tasks:
         print("No aggregate: there is no dm_control task with runs under every label")
         return
-    steps = _common_steps([run for task in tasks for label in labels for run in runs[task][label]])
+    every = [run for task in tasks for label in labels for run in runs[task][label]]
+    if min(steps[-1] for steps, _ in every) < max(steps[0] for steps, _ in every):
+        print("No aggregate: runs of one task end before those of another were evaluated")
+        return
+    steps = _common_steps(every)
     scores = {}
     for label in labels:
         seeds = min(len(runs[task][label]) for task in tasks)  # as many as every task has

@@ -149,6 +149,7 @@ class Experiment(ExperimentManager):
             before["--seed"], now["--seed"] = given.get("seed"), self.asked_seed
         else:
             self.seed = self.args.seed = given.get("seed", self.seed)
+            print(f"The seed is that of the run, {self.seed}")
         differing = sorted(
             name
             for name in before.keys() | now.keys()

@@ -268,9 +268,10 @@ def cores_of_this_job(address: str | None) -> dict[str, Any]:
     """
     if address is not None or "RAY_ADDRESS" in os.environ:
         return {"address": address}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    # Where all are allowed Ray counts by itself, and knows the limits of a container
-    return {"address": "local", **({"num_cpus": cores} if cores is not None and cores < (os.cpu_count() or 1) else {})}
+    from ray._private.utils import get_num_cpus  # Inside Ray: what it would take, which is all or a container's share
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
+    return {"address": "local", "num_cpus": min(cores, int(get_num_cpus()))}
 
 
 def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> None:

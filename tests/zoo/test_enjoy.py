@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sb3_dreamer_gpld.trained import FOLDER, TrainedAgent
-from sb3_dreamer_gpld.zoo import enjoy
+from sb3_dreamer_gpld.zoo import enjoy, environments
 from sb3_dreamer_gpld.zoo import main as zoo
 
 
@@ -22,7 +22,7 @@ def test_it_needs_no_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_it_is_shown_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(zoo, "has_display", lambda: True)
+    monkeypatch.setattr(environments, "has_display", lambda: True)
     made: dict[str, str] = {}
     make = TrainedAgent.make_env
 
@@ -46,7 +46,7 @@ def test_it_is_shown_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_wrong_arguments(args: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "has_display", lambda: False)
+    monkeypatch.setattr(environments, "has_display", lambda: False)
     with pytest.raises(SystemExit, match=message):
         zoo.main(["enjoy", "--trained", *args])
 

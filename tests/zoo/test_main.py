@@ -14,7 +14,7 @@ import yaml
 from entries import PLAIN, SMALL
 
 from sb3_dreamer_gpld import DreamerGPLD
-from sb3_dreamer_gpld.zoo import arguments
+from sb3_dreamer_gpld.zoo import arguments, environments
 from sb3_dreamer_gpld.zoo import main as zoo
 
 
@@ -203,9 +203,12 @@ def test_rendering_needs_a_backend(folder: Path, monkeypatch: pytest.MonkeyPatch
         zoo.main(["record-video", "--env", "dm_control/reacher-easy-v0"])
 
 
-@pytest.mark.parametrize("env", ["dm_control/walker-walk-v0", "metaworld/reach-v3", "CartPole-v1"])
+@pytest.mark.parametrize("env", ["dm_control/walker-walk-v0", "metaworld/reach-v3", "Ant-v5", "CartPole-v1"])
 def test_enjoy_needs_a_display(monkeypatch: pytest.MonkeyPatch, env: str) -> None:
-    monkeypatch.setattr(zoo, "has_display", lambda: False)
+    monkeypatch.setattr(environments, "has_display", lambda: False)
     monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    assert environments.can_be_shown("Printing-v0")  # nobody knows what that would open
     with pytest.raises(SystemExit, match="--no-render, or record-video"):
         zoo.main(["enjoy", "--env", env])
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")  # of pygame, not of MuJoCo
+    assert environments.can_be_shown(env) == (env == "CartPole-v1")

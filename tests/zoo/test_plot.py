@@ -80,8 +80,12 @@ def test_runs_that_ended_before_others_were_evaluated_are_left_out(folder: Path,
         np.savez(run / "evaluations.npz", timesteps=steps, results=[[-1000.0]] * 2)
     runs = plot.read_runs(["logs"], ["x"], ["dreamer_gpld"])["Pendulum-v1"]["x"]
     assert [steps.tolist() for steps, _ in runs] == [[25_000, 50_000], [24_000, 25_000]]
-    told = "Pendulum-v1: a run of 5,000 steps is left out, since another was evaluated first after 25,000"
+    told = "Pendulum-v1: 1 run(s) of 5,000 steps left out, since another was evaluated first after 25,000"
     assert capsys.readouterr().out.splitlines() == [told]
+    early, late = plot.Run(np.array([1000, 5000]), np.ones(2)), plot.Run(np.array([10_000, 20_000]), np.ones(2))
+    plot.draw({"dm_control-a-v0": {"x": [early]}, "dm_control-b-v0": {"x": [late]}}, folder / "plots", plot.Style(reps=10))
+    assert "No aggregate: runs of one task end before" in capsys.readouterr().out
+    assert not (folder / "plots" / "aggregate.png").exists()
 
 
 def test_curves_are_labelled_by_algorithm_and_file(trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -251,12 +251,12 @@ def test_arms_are_written_with_spaces_or_commas() -> None:
 
 
 def test_a_ray_of_ones_own_has_the_cores_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = pytest.importorskip("ray._private.utils")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert sweep.cores_of_this_job(None) == {"address": "local", "num_cpus": 3}
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert sweep.cores_of_this_job(None) == {"address": "local"}
+    for counted, taken in ((8, 3), (2, 2)):  # by Ray, which knows the limits of a container
+        monkeypatch.setattr(utils, "get_num_cpus", lambda counted=counted: counted)
+        assert sweep.cores_of_this_job(None) == {"address": "local", "num_cpus": taken}
     assert sweep.cores_of_this_job("auto") == {"address": "auto"}
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert sweep.cores_of_this_job(None) == {"address": None}
