@@ -47,6 +47,7 @@ def test_it_is_shown_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch, 
 )
 def test_wrong_arguments(args: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "has_display", lambda: False)
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
     with pytest.raises(SystemExit, match=message):
         zoo.main(["enjoy", "--trained", *args])
 
