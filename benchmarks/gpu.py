@@ -369,8 +369,6 @@ def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int
 
     :return: how many did not end well
     """
-    from benchmarks.results import write_json
-
     end = time.perf_counter() + 60 * minutes
     results: list[dict[str, Any]] = []
     missing: set[str] = set()
@@ -383,7 +381,9 @@ def run_all(parts: list[Part], device: str, folder: Path, minutes: float) -> int
         else:
             results.append(run_part(part, device, folder, min(part.limit, left)))
         print(json.dumps(results[-1]), flush=True)
-        write_json(folder / "results.json", results)
+        written = folder / ".results.json"  # not by the package, which some of what is missing would stop
+        written.write_text(json.dumps(results, indent=2) + "\n")
+        written.replace(folder / "results.json")
         missing = missing or set(results[-1].get("missing", ()))
         if missing & set(NEEDED):
             print(f"Nothing else can run without {', '.join(sorted(missing & set(NEEDED)))}")

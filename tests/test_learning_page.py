@@ -84,7 +84,8 @@ def test_a_stopped_run_is_not_begun_anew_over_its_results(
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     results = {"p1_gpld_0_returns.csv": 10_000, "p1_gpld_1_returns.csv": 30_000}
     for name, frames in results.items():
-        (tmp_path / name).write_text(f"frames,episode_return,seconds\n{frames},40.0,9\n")
+        lines = "".join(f"{frames},40.0,9\n" for _ in range(run.EPISODES_PER_SAVE + 1))
+        (tmp_path / name).write_text(f"frames,episode_return,seconds\n{lines}")
     monkeypatch.setattr("sys.argv", ["run", "p1", "--arms", "gpld", "--seeds", "0", "1", "--runs", str(tmp_path / "runs")])
     assert run.main() == 1
     printed = capsys.readouterr().out

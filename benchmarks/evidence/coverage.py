@@ -3,34 +3,37 @@
 Usage: python -m benchmarks.evidence.coverage [--simulations 500]
 
 Scores of two equal arms are normal numbers, so that their true difference is 0, and the true probability of improvement ½.
+They have the same deviation on every task, or the one that the differences between the published penalty and none have.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.evidence.page import header
-from benchmarks.evidence.protocol import GROUPS, SEEDS, TASKS
-from benchmarks.evidence.scores import improvement_interval
+from benchmarks.evidence.protocol import GROUPS, NONE, PENALTIES, SEEDS, TASKS, Seeds, complete
+from benchmarks.evidence.scores import AREA, improvement_interval, scores_of
 from sb3_dreamer_gpld.zoo.plot import Style, interval, mean
 
 STYLE = Style(size=0.95, reps=500)
-SIZES = {"all": len(TASKS), **{name: len(tasks) for name, tasks in GROUPS.items()}}
+PUBLISHED = PENALTIES[0]
 
 
-def coverage(seeds: int, tasks: int, simulations: int) -> tuple[float, float]:
+def coverage(seeds: int, noise: Sequence[float], simulations: int) -> tuple[float, float]:
     """Share of simulations in which the interval of the mean difference, and of the probability of improvement, has the truth.
 
-    :param seeds, tasks: of each arm
+    :param seeds: of each arm
+    :param noise: standard deviation of the scores on each task
     :param simulations: how many
     """
     generator = np.random.default_rng(0)
     differences = improvements = 0
     for _ in range(simulations):
-        pairs = generator.standard_normal((seeds, tasks, 2))
+        pairs = generator.standard_normal((seeds, len(noise), 2)) * np.asarray(noise)[:, None]  # (seeds, tasks, 2)
         low, high = interval(pairs[..., :1] - pairs[..., 1:], mean, STYLE)
         differences += int(low[0] <= 0.0 <= high[0])
         low, high = improvement_interval(pairs, STYLE)
@@ -38,15 +41,22 @@ def coverage(seeds: int, tasks: int, simulations: int) -> tuple[float, float]:
     return differences / simulations, improvements / simulations
 
 
+def noise_seen(found: Seeds) -> dict[str, float]:
+    """Standard deviation over the seeds of the difference between the published penalty and none, by task."""
+    difference = scores_of(PUBLISHED, AREA, *found) - scores_of(NONE, AREA, *found)  # (seeds, tasks, 1)
+    return dict(zip(found.tasks, difference[..., 0].std(0, ddof=1).tolist(), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=500)
     args = parser.parse_args()
-    print("\n".join(header("tasks", "seeds", "mean difference", "probability of improvement")))
-    for name, tasks in SIZES.items():
-        for seeds in range(2, len(SEEDS) + 1):
-            shares = coverage(seeds, tasks, args.simulations)
-            print(f"| {name} | {seeds} | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |", flush=True)
+    print("\n".join(header("noise", "tasks", "seeds", "mean difference", "probability of improvement")))
+    for kind, noise in (("equal", dict.fromkeys(TASKS, 1.0)), ("as seen", noise_seen(complete()))):
+        for name, tasks in {"all": TASKS, **GROUPS}.items():
+            for seeds in range(2, len(SEEDS) + 1):
+                shares = coverage(seeds, [noise[task] for task in tasks], args.simulations)
+                print(f"| {kind} | {name} | {seeds} | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |", flush=True)
 
 
 if __name__ == "__main__":

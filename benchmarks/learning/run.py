@@ -81,7 +81,7 @@ def run(name: str, protocol: Protocol, arm: str, seed: int, folder: Path, compil
         assert model.env is not None
         model.env.seed(1000 * seed + model.num_timesteps)  # not the first episode's start again
     else:
-        if returns_file.exists():
+        if len(rows_until(returns_file, protocol.frames)) > EPISODES_PER_SAVE:
             absent = buffer_file if checkpoint.exists() else checkpoint
             raise CheckpointMissing(
                 f"{absent} is missing, from which the run of {returns_file.name} would go on, and beginning it anew would "

@@ -238,6 +238,7 @@ def _draw_task(task: str, by_label: dict[str, list[Run]], style: Style, file: Pa
 
 def _draw_aggregate(runs: Runs, style: Style, file: Path) -> None:
     """Interquartile mean of the normalised returns over tasks and seeds, and four aggregates at the end."""
+    file.unlink(missing_ok=True)  # of other runs
     labels = list(dict.fromkeys(label for by_label in runs.values() for label in by_label))
     tasks = [task for task in runs if task.startswith(_DM_CONTROL) and set(runs[task]) == set(labels)]
     if not tasks:

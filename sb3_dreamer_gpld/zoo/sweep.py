@@ -271,7 +271,7 @@ def cores_of_this_job(address: str | None) -> dict[str, Any]:
     from ray._private.utils import get_num_cpus  # Inside Ray: what it would take, which is all or a container's share
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
-    return {"address": "local", "num_cpus": min(cores, int(get_num_cpus()))}
+    return {"address": "local", "num_cpus": max(1, min(cores, int(get_num_cpus())))}
 
 
 def _make_runs(runs: dict[SweepRun, list[str]], options: argparse.Namespace) -> None:

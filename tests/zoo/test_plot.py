@@ -82,6 +82,8 @@ def test_runs_that_ended_before_others_were_evaluated_are_left_out(folder: Path,
     assert [steps.tolist() for steps, _ in runs] == [[25_000, 50_000], [24_000, 25_000]]
     told = "Pendulum-v1: 1 run(s) of 5,000 steps left out, since another was evaluated first after 25,000"
     assert capsys.readouterr().out.splitlines() == [told]
+    (folder / "plots").mkdir()
+    (folder / "plots" / "aggregate.png").touch()  # of an earlier time
     early, late = plot.Run(np.array([1000, 5000]), np.ones(2)), plot.Run(np.array([10_000, 20_000]), np.ones(2))
     plot.draw({"dm_control-a-v0": {"x": [early]}, "dm_control-b-v0": {"x": [late]}}, folder / "plots", plot.Style(reps=10))
     assert "No aggregate: runs of one task end before" in capsys.readouterr().out
