@@ -211,7 +211,12 @@ class Experiment(ExperimentManager):
         # Here, since rl_zoo3 sets monitor_kwargs in between for some tasks
         make = going_on_monitors if self.saved else make_vec_env
         with mock.patch.object(exp_manager, "make_vec_env", make):
-            return super().create_envs(n_envs, eval_env, no_log or not self.logs)
+            try:
+                return super().create_envs(n_envs, eval_env, no_log or not self.logs)
+            except TypeError as error:  # as Gymnasium raises it, with the environment's name
+                if "unexpected keyword argument" not in str(error):
+                    raise
+                fail(f"the environment cannot be made: {error}. Allowed as env_kwargs: its own arguments")
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         if self.processes.is_first:

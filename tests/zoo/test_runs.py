@@ -524,6 +524,14 @@ def test_a_run_that_goes_on_is_saved_when_it_ends(config: Path, tmp_path: Path, 
         begin(tmp_path, monkeypatch, *words, "80")
 
 
+@pytest.mark.parametrize("option", ["--env-kwargs", "--eval-env-kwargs"])
+def test_arguments_that_an_environment_does_not_have(
+    option: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"the environment cannot be made: .*'h'.* Allowed as env_kwargs: its own arguments"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--eval-freq", "10", option, "h:1")
+
+
 def test_a_folder_with_a_uuid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main(["train", "--env", "Pendulum-v1", "-conf", "settings.yml", "--eval-freq", "-1", "-n", "20", "--uuid"])
