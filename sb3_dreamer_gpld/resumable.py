@@ -86,7 +86,7 @@ def _newest_run(folder: Path, processes: Processes) -> Path | None:
     if processes.sums([missing is not None])[0]:
         raise FileNotFoundError(
             f"{folder} has no saved run with the files of all {processes.size} processes; {missing or 'those of another'} "
-            "is missing. Allowed: as many processes as the run was saved with"
+            "is missing. Allowed: as many processes as the run was saved with, and all of its files"
         )
     return None
 

@@ -65,7 +65,10 @@ class Experiment(ExperimentManager):
         self.save_path = self.processes.told_by_first(folder or self.save_path)
         self.params_path = f"{self.save_path}/{self.env_name}"
         self.seed = self.processes.told_by_first(self.seed)  # it may be a random one
-        self.saved = 0 if folder is None else steps_saved(Path(folder), self.processes)
+        try:
+            self.saved = 0 if folder is None else steps_saved(Path(folder), self.processes)
+        except FileNotFoundError as error:
+            fail(f"--run-folder {error}")
         if folder is not None:
             self._check_folder(Path(folder))
         self.done = self.total = 0  # steps that the run had made when it was saved, and all that it shall make

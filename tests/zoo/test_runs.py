@@ -522,6 +522,9 @@ def test_a_run_that_goes_on_is_saved_when_it_ends(config: Path, tmp_path: Path, 
     (tmp_path / "run" / "finished.txt").write_text("60\n")
     with pytest.raises(SystemExit, match="is finished after 60 steps, and what was saved last is of step 40 that it could"):
         begin(tmp_path, monkeypatch, *words, "80")
+    (tmp_path / "run" / "run_40_steps.pkl").unlink()
+    with pytest.raises(SystemExit, match="--run-folder run has no saved run with .*run_40_steps.pkl is missing. Allowed"):
+        begin(tmp_path, monkeypatch, *words, "80")
 
 
 @pytest.mark.parametrize("option", ["--env-kwargs", "--eval-env-kwargs"])
