@@ -9,12 +9,11 @@ import contextlib
 import copy
 import functools
 import io
-import itertools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
@@ -244,11 +243,13 @@ def new_folder(folder: Path) -> Path:
     if not number.isdigit():  # that of --uuid, which no other has
         folder.mkdir()
         return folder
-    for free in itertools.count(int(number)):
+    free = int(number)
+    while True:
+        found = folder.with_name(f"{name}_{free}")
         with contextlib.suppress(FileExistsError):
-            (found := folder.with_name(f"{name}_{free}")).mkdir()
+            found.mkdir()
             return found
-    raise AssertionError
+        free += 1
 
 
 def lock(folder: Path) -> IO[str] | None:
@@ -323,11 +324,15 @@ def going_on_monitors(
         file = Path(str(monitor_dir), f"{number}.monitor.csv")
         if not file.exists():  # a Monitor that goes on writes no beginning
             keywords = (*monitor_kwargs.get("reset_keywords", ()), *monitor_kwargs.get("info_keywords", ()))
-            with atomic_file(file) as begun:
-                names = ",".join(("r", "l", "t", *keywords))
-                begun.write(f"#{json.dumps({'t_start': time.time(), 'env_id': 'None'})}\n{names}\n".encode())
+            _write_monitor(file, {"t_start": time.time(), "env_id": "None"}, ",".join(("r", "l", "t", *keywords)), [])
     monitor_kwargs = {**monitor_kwargs, "override_existing": False}
     return make_vec_env(make_env, n_envs, monitor_dir=monitor_dir, monitor_kwargs=monitor_kwargs, **kwargs)
+
+
+def _write_monitor(file: Path, settings: dict[str, Any], names: str, episodes: Sequence[str]) -> None:
+    """Write the file of a Monitor: what its first line says, the names of the columns, and the lines of episodes."""
+    with atomic_file(file) as written:
+        written.write("".join(f"{line}\n" for line in ["#" + json.dumps(settings), names, *episodes]).encode())
 
 
 def rewind_monitor(file: Path, episodes: int | None) -> None:
@@ -352,5 +357,4 @@ def rewind_monitor(file: Path, episodes: int | None) -> None:
         values = row.split(",")
         values[2] = f"{float(values[2]) - shift:.6f}"
         kept.append(",".join(values))
-    with atomic_file(file) as rewound:
-        rewound.write("".join(f"{line}\n" for line in ["#" + json.dumps({**settings, "t_start": now}), names, *kept]).encode())
+    _write_monitor(file, {**settings, "t_start": now}, names, kept)
