@@ -82,6 +82,16 @@ def test_statistics() -> None:
     assert scores.relative(np.array([[[3.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [2.0, 0.0]]]))[0] == pytest.approx(50.0)
 
 
+def test_students_interval() -> None:
+    """Of one task, and of two, whose mean is half a difference that Welch's test knows."""
+    one, other = np.random.default_rng(0).normal(size=(2, 4)) * [[1.0], [3.0]]
+    expected = stats.ttest_1samp(one, 0.0).confidence_interval(0.95)
+    assert scores.students_interval(one[:, None, None]) == pytest.approx(expected)
+    low, high = stats.ttest_ind(one, -other, equal_var=False).confidence_interval(0.95)
+    assert scores.students_interval(np.stack([one, other], 1)[..., None]) == pytest.approx((low / 2, high / 2))
+    assert scores.students_interval(np.full((2, 3, 1), 4.0)) == (4.0, 4.0)
+
+
 def test_the_interval_of_the_probability_of_improvement() -> None:
     """Seeds are drawn for each task and each arm by itself: all draws of two seeds on two tasks, one after another."""
     pairs = np.array([[[1.0, 0.0], [5.0, 2.0]], [[3.0, 2.0], [1.0, 4.0]]])  # (seeds, tasks, arms)
@@ -159,6 +169,16 @@ def test_tables(results: Path) -> None:
     assert "| all | last tenth | both | 0.420 [" in returns[1] and returns[1].endswith("| 1.00 [1.00, 1.00] |")
     assert returns[1].count("| 0.100 [0.100, 0.100] |") == 1 and "| 31.2 [" in returns[1]  # 2 · 100 more than 2 · 320.5
     assert "| hard locomotion | last tenth | both | 0.321 [" in returns[3] and "| others | last tenth | both |" in returns[5]
+    answer = [line.split(" | ") for line in page.answer_table(found)]
+    assert [line[0] for line in answer[2:6]] == [
+        "| **whole runs, all tasks**",
+        "| the same, Student's t",
+        "| whole runs, hard locomotion",
+        "| whole runs, others",
+    ]
+    assert answer[2][1:] == ["+0 [+0, +0]", "+0 [+0, +0]", "+10 [+10, +10] |"] and answer[3][3] == "[+10, +10] |"
+    assert answer[6][0] == "| last tenth, all tasks" and answer[6][3] == "+100 [+100, +100] |"
+    assert answer[7][0] == "| evaluated, most probable actions, all tasks" and answer[7][3] == "+0 [+0, +0] |"
     tasks = list(page.tasks_table(found))
     assert tasks[0] == "| score | penalty on | walker-walk | reacher-hard |"
     assert tasks[5] == "| last tenth | both | 320 (320, 321) | 520 (520, 521) |"
@@ -179,6 +199,8 @@ def test_one_seed_has_no_interval(results: Path) -> None:
     one = protocol.Seeds(("walker-walk", "reacher-hard"), SEEDS[:1])
     lines = [line for line in page.returns_table(one) if "| all | last tenth | both |" in line]
     assert lines == ["| all | last tenth | both | 0.420 | 0.100 | 0.100 | 31.2 | 1.00 |"]
+    lines = list(page.answer_table(one))
+    assert len(lines) == 7 and lines[5].endswith("| +100 |")
 
 
 def test_the_page_says_what_is_left_out(results: Path) -> None:

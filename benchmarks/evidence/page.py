@@ -37,6 +37,7 @@ from benchmarks.evidence.scores import (
     ratios,
     relative,
     scores_of,
+    students_interval,
     within_arms,
 )
 from benchmarks.learning.ladder import Job
@@ -51,18 +52,18 @@ SHOWN = ("posterior_jacobian", "prior_jacobian", "transition_ratio", "observatio
 BY_TASK = (*SHOWN, "reward_15", "action_change")
 
 
-def cell(value: np.ndarray, bounds: Callable[[], np.ndarray], seeds: int, digits: int) -> str:
+def cell(value: np.ndarray, bounds: Callable[[], np.ndarray], seeds: int, digits: int, sign: str = "") -> str:
     """A statistic (1,) with its interval (2, 1), which takes two seeds."""
-    text = f"{value[0]:.{digits}f}"
+    text = f"{value[0]:{sign}.{digits}f}"
     if seeds < 2:
         return text
     low, high = bounds()[:, 0]
-    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{text} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def estimate(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], digits: int = 3) -> str:
+def estimate(scores: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], digits: int = 3, sign: str = "") -> str:
     """A statistic of scores (seeds, tasks, ·) with its interval."""
-    return cell(statistic(scores), lambda: interval(scores, statistic, STYLE), len(scores), digits)
+    return cell(statistic(scores), lambda: interval(scores, statistic, STYLE), len(scores), digits, sign)
 
 
 def number(value: float) -> str:
@@ -133,6 +134,30 @@ COMPARED = (
     "mean, % more than none",
     "probability of improvement over none",
 )
+
+
+def answer_table(found: Seeds) -> Iterator[str]:
+    """Mean differences from no penalty in points of return, all scores on one screen; the first row decides."""
+    yield from header("points more than without", *(f"penalty on: {ARMS[arm]}" for arm in PENALTIES))
+    groups = {name: tuple(task for task in tasks if task in found.tasks) for name, tasks in GROUPS.items()}
+    rows = [("**whole runs, all tasks**", AREA, found.tasks, estimated_points)]
+    rows += [("the same, Student's t", AREA, found.tasks, students_points)] if len(found.seeds) > 1 else []
+    rows += [(f"whole runs, {name}", AREA, tasks, estimated_points) for name, tasks in groups.items() if tasks]
+    rows += [(f"{score.title}, all tasks", score, found.tasks, estimated_points) for score in (LAST, EVALUATED)]
+    for title, score, tasks, points in rows:
+        of = {arm: LARGEST_RETURN * scores_of(arm, score, tasks, found.seeds) for arm in ARMS}  # (seeds, tasks, 1) each
+        yield f"| {title} | {' | '.join(points(of[arm] - of[NONE]) for arm in PENALTIES)} |"
+
+
+def estimated_points(differences: np.ndarray) -> str:
+    """The mean of differences (seeds, tasks, 1) with its interval."""
+    return estimate(differences, mean, 0, "+")
+
+
+def students_points(differences: np.ndarray) -> str:
+    """Their interval by Student's t."""
+    low, high = students_interval(differences)
+    return f"[{low:+.0f}, {high:+.0f}]"
 
 
 def returns_table(found: Seeds) -> Iterator[str]:
@@ -297,6 +322,7 @@ def drawn_from(found: Seeds) -> str:
 
 
 TABLES = {
+    "answer": answer_table,
     "finished": finished_table,
     "returns": returns_table,
     "differences": differences_table,
