@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 
-from sb3_dreamer_gpld.checks import check_int, check_range, unknown_name
+from sb3_dreamer_gpld.checks import check_bool, check_int, check_range, unknown_name
 from sb3_dreamer_gpld.config import ActionSpec
 from sb3_dreamer_gpld.planning import PlannerConfig
 
@@ -162,6 +163,45 @@ def entropy_target(ent_coef: float | str, target_entropy: float | str, actions: 
     if target_entropy != "auto":
         return start, float(target_entropy)
     return start, AUTO_TARGET_ENTROPY * actions.size if actions.nvec is None else 0.0
+
+
+# Arguments of the policy that the algorithm gives it, by name: what sets them
+_NOT_IN_POLICY_KWARGS = {
+    "model_size": "it is an argument of DreamerGPLD",
+    "planner": "it is an argument of DreamerGPLD",
+    "actor_group": "actor_learning_rate of DreamerGPLD is given for it",
+}
+
+
+def check_kinds(algorithm: DreamerGPLD) -> None:
+    """Look at the arguments that SB3 or PyTorch would stumble over because of their type.
+
+    :param algorithm: with the arguments as attributes
+    :raises ValueError, TypeError: it is another one than is allowed; the text names the argument and what is
+    """
+    if not hasattr(algorithm, "action_space"):
+        raise ValueError("env must be an environment, a vectorised one, or the id of one, not None")
+    for name in ("policy_kwargs", "replay_buffer_kwargs"):
+        value = getattr(algorithm, name)
+        if value is not None and not isinstance(value, dict):
+            raise TypeError(f"{name} must be a dict of arguments, not {value!r}")
+    for name, instead in _NOT_IN_POLICY_KWARGS.items():
+        if name in algorithm.policy_kwargs:
+            raise TypeError(f"policy_kwargs entry {name!r} is not allowed: {instead}")
+    optimizer = algorithm.policy_kwargs.get("optimizer_class", th.optim.Optimizer)
+    if not callable(optimizer):
+        raise TypeError(f"policy_kwargs entry 'optimizer_class' must be a class such as torch.optim.Adam, not {optimizer!r}")
+    if not callable(algorithm.learning_rate):
+        check_range("learning_rate (or a function)", algorithm.learning_rate, 0.0, math.inf)
+    if algorithm.action_noise is not None and not isinstance(algorithm.action_noise, ActionNoise):
+        raise TypeError(
+            f"action_noise must be None or an ActionNoise of Stable-Baselines3, not {algorithm.action_noise!r}; "
+            "exploration_noise takes a number"
+        )
+    if algorithm.seed is not None:
+        check_int("seed (or None)", algorithm.seed, 0)
+    for name in ("plan_in_training", "penalty_random_rows"):
+        check_bool(name, getattr(algorithm, name))
 
 
 def fill_train_ratio(algorithm: DreamerGPLD) -> None:

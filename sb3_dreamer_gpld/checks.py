@@ -42,6 +42,16 @@ def check_int(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def check_bool(name: str, value: Any) -> None:
+    """
+    :param name: what to call it in the error
+    :param value: to check
+    :raises ValueError: it is neither True nor False
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 def check_range(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
     """
     :param name: what to call it in the error

@@ -27,6 +27,7 @@ from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.arguments import (
     check_arguments,
     check_environments,
+    check_kinds,
     check_processes,
     check_with_nets,
     dynamics_share,
@@ -45,6 +46,7 @@ from sb3_dreamer_gpld.environment_checks import (
     check_normalization,
     check_normalized_images,
     naming_environments,
+    warn_of_raw_observations,
 )
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
@@ -299,15 +301,16 @@ class DreamerGPLD(ResumableAlgorithm):
         self.processes = parallel.current()
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
+        check_kinds(self)
         fill_train_ratio(self)
         check_arguments(self)
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             self.action_noise = self.action_noise.base_noise  # of a loaded model; learn() makes one for each environment
         self._setup_lr_schedule()
-        if not issubclass(self.policy_class, DreamerPolicy):
+        if not (isinstance(self.policy_class, type) and issubclass(self.policy_class, DreamerPolicy)):
             raise ValueError(
                 f"policy must be one of {', '.join(map(repr, self.policy_aliases))}, or DreamerPolicy or a subclass of it "
-                f"(docs/extending.md), not {self.policy_class.__name__}"
+                f"(docs/extending.md), not {getattr(self.policy_class, '__name__', self.policy_class)}"
             )
         own_rate = {} if self.actor_learning_rate is None else {"actor_group": True}
         self.set_random_seed(self.seed)
@@ -337,6 +340,15 @@ class DreamerGPLD(ResumableAlgorithm):
         if not self.processes.is_first:
             self.set_random_seed(self._own_seed(th.initial_seed() if self.seed is None else self.seed))
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in SB3; a warning if ``env`` does not normalise observations as those that were learned from."""
+        super().set_env(env, force_reset)
+        warn_of_raw_observations(self._normalized, self.get_vec_normalize_env())
+
+    def _check_loaded(self) -> None:
+        if self.env is not None:
+            warn_of_raw_observations(self._normalized, self.get_vec_normalize_env())
+
     def _renew_exploration(self, episodes: Sequence[int] | None = None) -> None:
         """Make the noise that begins with the next episode of each environment.
 
@@ -357,6 +369,7 @@ class DreamerGPLD(ResumableAlgorithm):
 
         :raises ValueError: a value is not allowed, or cannot change any more
         """
+        check_kinds(self)
         fill_train_ratio(self)
         check_arguments(self)
         check_with_nets(self)
@@ -378,10 +391,11 @@ class DreamerGPLD(ResumableAlgorithm):
     def _make_replay_buffer(self) -> None:
         if self.replay_buffer_class is None:
             self.replay_buffer_class = SequenceReplayBuffer
-        if not issubclass(self.replay_buffer_class, SequenceReplayBuffer):
+        if not (isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, SequenceReplayBuffer)):
+            its: Any = self.replay_buffer_class
             raise ValueError(
                 "replay_buffer_class must be SequenceReplayBuffer or a subclass of it, since DreamerGPLD learns from "
-                f"sequences, not {self.replay_buffer_class.__name__}"
+                f"sequences, not {getattr(its, '__name__', its)}"
             )
         if self.replay_buffer is None:
             config = self.policy.config
@@ -770,6 +784,27 @@ class DreamerGPLD(ResumableAlgorithm):
             states = self.learner.update(self.policy.to_batch(samples), None, self._n_updates, rates)
             self._n_updates += 1
             refresh.add(samples, states)
+
+    # ------------------------------------------------------------------------------------------- acting
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: bool | Sequence[bool] | np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for one or more observations; hand the state back, and say where episodes start.
+
+        :param observation: one observation, or those of E environments
+        :param state: what the last call returned; None: nothing is remembered
+        :param episode_start: bool (E,), where an episode starts, and what was before is forgotten; None: nowhere
+        :param deterministic: take the most probable latent and action
+        :return: actions, and the new state, see :meth:`sb3_dreamer_gpld.policies.DreamerPolicy.predict`
+        :raises ValueError: ``state`` or ``episode_start`` belongs to another number of environments, or ``state`` to another
+            policy or planner
+        """
+        return self.policy.predict(observation, state, episode_start, deterministic)
 
     # ------------------------------------------------------------------------------------------- logging
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
@@ -163,6 +164,21 @@ def check_normalized_images(normalize: VecNormalize | None, spec: ObservationSpe
                 f"VecNormalize normalises {called('observation', image.name)}, an image whose space goes on saying that its "
                 f"numbers are from {bounds.low.min():g} to {bounds.high.max():g}; allowed: norm_obs_keys without it"
             )
+
+
+def warn_of_raw_observations(keys: Sequence[str], normalize: VecNormalize | None) -> None:
+    """Warn of environments whose observations are not normalised, though those that were learned from are.
+
+    :param keys: of observations that VecNormalize normalised when the agent learned
+    :param normalize: among the wrappers of its environments now, if there is one
+    """
+    raw = [called("observation", key) for key in keys if key not in normalized_keys(normalize)]
+    if raw:
+        warnings.warn(
+            f"The agent learned from normalised observations, and its environments do not normalise {', '.join(raw)}: it acts "
+            "on other numbers than it knows. VecNormalize.load('vecnormalize.pkl', env) gives it those",
+            stacklevel=4,
+        )
 
 
 def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]) -> None:

@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -282,7 +282,7 @@ class DreamerPolicy(BasePolicy):
         self,
         observation: np.ndarray | dict[str, np.ndarray],
         state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
+        episode_start: bool | Sequence[bool] | np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for one or more observations, with the memory handed back by the caller.

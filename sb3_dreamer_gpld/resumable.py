@@ -246,7 +246,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if kwargs.get("seed") is not None:
             model._rng_states, model._reseeded = None, True
         model._was_loaded = True
+        model._check_loaded()
         return model
+
+    def _check_loaded(self) -> None:
+        """What a subclass looks at when a model was loaded."""
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in SB3. A loaded run goes on with these random numbers, in place of those that were saved.

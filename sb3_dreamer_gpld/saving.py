@@ -138,7 +138,7 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> frozen
     :param path: as given to ``DreamerGPLD.load``
     :return: names of the attributes in it
     :raises FileNotFoundError: there is no such file
-    :raises ValueError: it is truncated, of another algorithm, or of a later version; says which
+    :raises ValueError: it is truncated, a file of a policy, of another algorithm, or of a later version; says which
     """
     file = open_path(path, "r", suffix="zip")  # type: ignore[arg-type]
     name = getattr(file, "name", "the given stream")
@@ -146,8 +146,9 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> frozen
     try:
         try:
             with zipfile.ZipFile(file) as archive:
+                of_torch = any(part.endswith("/data.pkl") for part in archive.namelist())
                 broken = archive.testzip()
-                data = json.loads(archive.read("data")) if broken is None else {}
+                data = json.loads(archive.read("data")) if broken is None and not of_torch else {}
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
             raise ValueError(
                 f"{name} wasn't a zip-file: it is no model, or a truncated one ({error}). Use another one, or copy it again"
@@ -155,6 +156,11 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> frozen
         if broken is not None:
             raise ValueError(
                 f"{name} is damaged: its part {broken!r} cannot be read. Use another checkpoint, or copy it again"
+            )
+        if of_torch:
+            raise ValueError(
+                f"{name} is a file of torch.save, no model. One that policy.save wrote is loaded by MlpPolicy.load, or the "
+                "class that it is of; allowed here: a file that model.save wrote"
             )
     finally:
         if isinstance(path, io.BufferedIOBase):

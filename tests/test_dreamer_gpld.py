@@ -454,6 +454,19 @@ def test_bfloat16_learns_the_same_losses() -> None:
         (dict(gamma=1.5), ValueError, "gamma"),
         (dict(optimize_memory_usage=True), ValueError, "optimize_memory_usage"),
         (dict(train_freq=(1, "hour")), ValueError, "train_freq"),
+        (dict(learning_rate=None), ValueError, "learning_rate .* not None"),
+        (dict(policy_kwargs="x"), TypeError, "policy_kwargs must be a dict"),
+        (dict(policy_kwargs=dict(optimizer_class="adam")), TypeError, "'optimizer_class' must be a class.* not 'adam'"),
+        (dict(policy_kwargs=dict(model_size="1m")), TypeError, "'model_size' is not allowed: it is an argument of DreamerGPLD"),
+        (dict(policy_kwargs=dict(planner="mppi")), TypeError, "'planner' is not allowed: it is an argument of DreamerGPLD"),
+        (dict(policy_kwargs=dict(actor_group=True)), TypeError, "actor_learning_rate of DreamerGPLD"),
+        (dict(replay_buffer_kwargs=[1]), TypeError, "replay_buffer_kwargs must be a dict"),
+        (dict(replay_buffer_class="x"), ValueError, "replay_buffer_class must be SequenceReplayBuffer.* not x"),
+        (dict(action_noise=0.1), TypeError, "action_noise must be None or an ActionNoise.*exploration_noise"),
+        (dict(seed="a"), ValueError, "seed"),
+        (dict(seed=1.5), ValueError, "seed"),
+        (dict(penalty_random_rows="no"), ValueError, "penalty_random_rows must be True or False"),
+        (dict(planner="mppi", plan_in_training="no"), ValueError, "plan_in_training must be True or False"),
     ],
 )
 def test_wrong_arguments(kwargs: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -464,6 +477,10 @@ def test_wrong_arguments(kwargs: dict[str, Any], error: type[Exception], text: s
 def test_wrong_policies_and_spaces() -> None:
     with pytest.raises(ValueError, match="Policy MlpPolic unknown"):
         tiny("Pendulum-v1", "MlpPolic")
+    with pytest.raises(ValueError, match="policy must be one of 'MlpPolicy'.* not None"):
+        DreamerGPLD(None, "Pendulum-v1", **TINY)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="env must be an environment.* not None"):
+        DreamerGPLD("MlpPolicy", None, **TINY)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a Dict"):
         tiny("Pendulum-v1", "MultiInputPolicy")
     with pytest.raises(AssertionError, match="CnnPolicy needs images"):

@@ -25,7 +25,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_dreamer_gpld import tiny
 
 from sb3_dreamer_gpld import DreamerGPLD, saving
@@ -564,6 +564,24 @@ def test_policy_files_load_with_weights_only(tmp_path: Path) -> None:
     for name in ("model.zip", "cut.pth"):
         with pytest.raises(ValueError, match=f"{name} is no file of MlpPolicy.save.*DreamerGPLD.load"):
             type(trained.policy).load(tmp_path / name)
+    with pytest.raises(ValueError, match="policy.pth is a file of torch.save, no model.*MlpPolicy.load"):
+        DreamerGPLD.load(path)
+
+
+def test_a_loaded_model_warns_of_observations_that_are_not_normalised(tmp_path: Path) -> None:
+    def normalised() -> VecNormalize:
+        return VecNormalize(DummyVecEnv([Clock]))
+
+    trained = model(env=normalised()).learn(40)
+    trained.save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="do not normalise the observation.*VecNormalize.load"):
+        DreamerGPLD.load(tmp_path / "model", Clock())
+    with pytest.warns(UserWarning, match="do not normalise the observation"):
+        trained.set_env(DummyVecEnv([Clock]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DreamerGPLD.load(tmp_path / "model", normalised()).set_env(normalised())
+        DreamerGPLD.load(tmp_path / "model")  # to be evaluated elsewhere
 
 
 def test_a_policy_file_loads_for_a_device_that_numpy_cannot_read(tmp_path: Path) -> None:
