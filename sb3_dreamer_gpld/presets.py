@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sb3_dreamer_gpld.arguments import check_names
 from sb3_dreamer_gpld.checks import unknown_name
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 
@@ -19,7 +20,7 @@ CONFIGS = next(
 PRESETS = {"cpu": "dreamer_gpld_cpu.yml", "paper": "dreamer_gpld.yml"}
 
 
-def preset(name: str, env_id: str | None = None) -> dict[str, Any]:
+def preset(name: str, env_id: str | None = None, **changes: Any) -> dict[str, Any]:
     """Arguments of :class:`~sb3_dreamer_gpld.DreamerGPLD`: ``DreamerGPLD("MlpPolicy", env, **preset("cpu"))``.
 
     What stands in the file but is no argument (steps of the run, policy, wrappers) is left out.
@@ -28,12 +29,19 @@ def preset(name: str, env_id: str | None = None) -> dict[str, Any]:
         & Kumar (2026)
     :param env_id: an environment that the file may have settings of its own for, such as "CartPole-v1"; None, or one that it
         does not name: those for any environment
-    :return: a new dict, which may be changed: ``{**preset("cpu"), "gamma": 0.997}``
+    :param changes: arguments in place of the preset's; of those that are dicts, such as ``policy_kwargs``, single entries
+    :return: a new dict, which may be changed
     :raises ValueError: there is no such preset
+    :raises TypeError: there is no such argument; names the closest one
     """
+    check_names(DreamerGPLD, [DreamerGPLD.__init__], changes)
     if name not in PRESETS:
         raise ValueError(unknown_name("preset", name, PRESETS))
     entries = yaml.safe_load((CONFIGS / PRESETS[name]).read_text(encoding="utf-8"))
     entry = entries.get(env_id, entries["default"])
     arguments = set(inspect.signature(DreamerGPLD).parameters) - {"policy", "env"}
-    return {key: value for key, value in entry.items() if key in arguments}
+    settings = {key: value for key, value in entry.items() if key in arguments}
+    for key, value in changes.items():
+        its = settings.get(key)
+        settings[key] = {**its, **value} if isinstance(its, dict) and isinstance(value, dict) else value
+    return settings

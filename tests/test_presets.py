@@ -51,6 +51,18 @@ def test_a_preset_is_a_new_dict_each_time() -> None:
     assert preset("cpu").get("gamma") != 0.5 and preset("cpu").get("policy_kwargs", {}).get("units") != 1
 
 
+def test_single_values_of_a_preset_change() -> None:
+    """Entries of a dict one by one; what the preset does not set is added."""
+    whole = preset("cpu")
+    changed = preset("cpu", gamma=0.5, model_size="12m", seed=3, policy_kwargs=dict(reconstruction_weight=30.0, units=32))
+    kwargs = {**whole["policy_kwargs"], "reconstruction_weight": 30.0, "units": 32}
+    assert whole["policy_kwargs"]["normalize_vectors"] and whole["policy_kwargs"]["reconstruction_weight"] != 30.0
+    assert changed == {**whole, "gamma": 0.5, "model_size": "12m", "seed": 3, "policy_kwargs": kwargs}
+    assert preset("cpu", policy_kwargs=None)["policy_kwargs"] is None
+    with pytest.raises(TypeError, match="argument 'gama' does not exist. Did you mean 'gamma'"):
+        preset("cpu", gama=0.5)
+
+
 @pytest.mark.parametrize("name", ["gpu", "CPU", "", None])
 def test_unknown_presets_are_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="preset .* does not exist.*Allowed: cpu, paper"):

@@ -505,6 +505,9 @@ def test_an_encoder_brings_the_units_of_what_it_sees(tmp_path: Path) -> None:
     assert theirs.keys() == ours.keys() and all(th.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(ValueError, match=r"world_model.normalizer.\w+ is only in the file.*Nothing was loaded"):
         model().load_modules(tmp_path / "model", ["encoder"])
+    with pytest.raises(ValueError, match="decoder predicts in units that come with the encoder.*Nothing was loaded"):
+        fresh.load_modules(tmp_path / "model", ["decoder"])
+    fresh.load_modules(tmp_path / "model", ["encoder", "decoder"])
 
 
 def test_load_modules_that_do_not_fit(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 Usage: python -m benchmarks.learning.confirmation [--arm rw10-rate16-explore-normalize] [--seeds 30 31 32] [--out docs/figures]
 
 The runs are those of ``benchmarks.learning.ladder``. The table (Markdown) has the evaluations after 100,000 frames, a number
-for each seed; the figure, ``confirmation.png``, has the returns of training episodes, and the evaluations as dots. SAC's are
-training episodes, of all runs of its arm and of the protocols ``p3-walker`` and ``p3-cartpole``, which have the same settings.
-What others publish is in ``published.yml``.
+for each seed, and the last training episodes; the figure, ``confirmation.png``, has the returns of training episodes, and the
+evaluations as dots. SAC's are training episodes, of all runs of its arm and of the protocols ``p3-walker`` and
+``p3-cartpole``, which have the same settings. What others publish is in ``published.yml``, with its source.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ EPISODES = 5  # over which a curve is averaged
 SAC_PROTOCOLS = {"walker-walk": "p3-walker", "cartpole-swingup": "p3-cartpole"}
 OURS = 'preset("cpu"), each seed'
 EVALUATED = "the same, evaluated: most probable actions"
+# Means that the authors of TD-MPC2 publish, as published.yml calls them
+BY_OTHERS = ("dreamer_by_others", "sac_by_others", "td_mpc2")
+COLUMNS = (
+    "task",
+    "seeds",
+    "most probable actions",
+    "sampled",
+    "training",
+    "core-minutes",
+    "SAC, training",
+    "DreamerV3 by its authors",
+    "DreamerV3 by TD-MPC2's",
+    "SAC by TD-MPC2's",
+    "TD-MPC2",
+)
 Columns = dict[str, np.ndarray]
 
 
@@ -49,10 +64,11 @@ def sac_runs(task: str) -> list[Columns]:
 
 
 def published_dreamer(published: dict[str, Any], task: str) -> tuple[int, str]:
-    """DreamerV3's return at the last frames: the mean, and the mean with the least and the most of its seeds."""
+    """DreamerV3's return at the last frames by its authors, or by others where these have not run the task: the mean, and the
+    mean with the least and the most of the seeds."""
     if task not in published["dreamer"]:
-        mean = published["dreamer_at_100_000_frames"][task]
-        return mean, str(mean)
+        mean = published["dreamer_by_others"][task]
+        return mean, f"– ({mean})"
     mean, least, most = published["dreamer"][task][-1]
     return mean, f"{mean} ({least} to {most})" if most else str(mean)
 
@@ -63,29 +79,34 @@ def several(values: Sequence[float]) -> str:
 
 def table(arm: str, seeds: Sequence[int], published: dict[str, Any]) -> Iterator[str]:
     """Markdown: for each task the returns of every seed; in the last row means over the tasks of the means over the seeds."""
-    yield "| task | seeds | most probable actions | sampled | core-minutes | SAC | DreamerV3, published | TD-MPC2, published |"
-    yield "| --- " * 8 + "|"
-    means: dict[str, list[float]] = {"deterministic": [], "sampled": [], "sac": [], "dreamer": [], "td_mpc2": []}
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "| --- " * len(COLUMNS) + "|"
+    kinds = ("deterministic", "sampled", "training", "sac", "dreamer", *BY_OTHERS)
+    means: dict[str, list[float]] = {kind: [] for kind in kinds}
     for task in ladder.TASKS:
         runs = ladder.results(arm, task, seeds, FRAMES)
         found = {
             kind: [ladder.evaluated(arm, task, seed, FRAMES, kind) for seed in runs] for kind in ("deterministic", "sampled")
         }
+        found["training"] = [ladder.return_at(columns, FRAMES) for columns in runs.values()]
         found["sac"] = [ladder.return_at(columns, FRAMES) for columns in sac_runs(task)]
         for kind, values in found.items():
             means[kind] += [float(np.mean(values))] if values else []
         mean, dreamer = published_dreamer(published, task)
         means["dreamer"].append(mean)
-        means["td_mpc2"].append(published["td_mpc2"][task])
+        for kind in BY_OTHERS:
+            means[kind].append(published[kind][task])
         minutes = [ladder.last_value(columns, "core_seconds", FRAMES) / 60 for columns in runs.values()]
-        cells = [task, several(list(runs)), several(found["deterministic"]), several(found["sampled"]), several(minutes)]
-        yield f"| {' | '.join([*cells, several(found['sac']), dreamer, str(published['td_mpc2'][task])])} |"
+        ours = [several(found[kind]) for kind in ("deterministic", "sampled", "training")]
+        cells = [task, several(list(runs)), *ours, several(minutes), several(found["sac"]), dreamer]
+        yield f"| {' | '.join([*cells, *(str(published[kind][task]) for kind in BY_OTHERS)])} |"
     mean_of = {
         kind: f"{np.mean(values):.0f}" if len(values) == len(ladder.TASKS) and math.isfinite(sum(values)) else ""
         for kind, values in means.items()
     }
-    cells = ["mean of the eight", "", mean_of["deterministic"], mean_of["sampled"], ""]
-    yield f"| {' | '.join([*cells, mean_of['sac'], mean_of['dreamer'], mean_of['td_mpc2']])} |"
+    ours = [mean_of[kind] for kind in ("deterministic", "sampled", "training")]
+    cells = ["mean of the eight", "", *ours, "", mean_of["sac"], mean_of["dreamer"]]
+    yield f"| {' | '.join([*cells, *(mean_of[kind] for kind in BY_OTHERS)])} |"
 
 
 def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path) -> None:
@@ -109,7 +130,7 @@ def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path
             (handles["DreamerV3, published: mean, least and most of 5 seeds"],) = axis.plot(frames, mean, "k--", linewidth=1.2)
             axis.fill_between(frames, least, most, color="k", alpha=0.1)
         else:
-            axis.plot(FRAMES / 1000, published["dreamer_at_100_000_frames"][task], "k*")
+            axis.plot(FRAMES / 1000, published["dreamer_by_others"][task], "k*")
         (handles["TD-MPC2, published"],) = axis.plot(FRAMES / 1000, published["td_mpc2"][task], "C3D", clip_on=False)
         axis.set(title=task, xlim=(0, FRAMES / 1000), ylim=(0, max(100, axis.get_ylim()[1])))
         axis.grid(alpha=0.3)
