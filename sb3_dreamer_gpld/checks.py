@@ -19,7 +19,8 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str], brief: bool = 
     :param brief: list these only if none is close to the name and they are fewer than 100, in alphabetical order
     """
     allowed = [str(each) for each in allowed]
-    close = difflib.get_close_matches(str(name), allowed, n=1)
+    close = [each for each in allowed if each.lower() == str(name).lower()]
+    close = close or difflib.get_close_matches(str(name), allowed, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     text = f"{kind} {name!r} does not exist"
     if not brief:

@@ -431,6 +431,7 @@ def test_bfloat16_learns_the_same_losses() -> None:
     "kwargs, error, text",
     [
         (dict(model_size="2m"), ValueError, "model_size '2m'.*Allowed: debug, 1m"),
+        (dict(model_size="12M"), ValueError, "model_size '12M' does not exist. Did you mean '12m'"),
         (dict(batch_length=0), ValueError, "batch_length must be .* at least 1"),
         (dict(batch_size=0), ValueError, "batch_size"),
         (dict(imagination_horizon=0), ValueError, "imagination_horizon"),
