@@ -9,7 +9,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
 
 from sb3_dreamer_gpld.checks import check_int
-from sb3_dreamer_gpld.resumable import ResumableAlgorithm
+from sb3_dreamer_gpld.resumable import ResumableAlgorithm, check_room
 from sb3_dreamer_gpld.saving import check_writable
 
 
@@ -48,7 +48,8 @@ class SaveRunCallback(BaseCallback):
     :param folder: of the run, which is made if it is not there
     :param every: environment steps
     :param verbose: 1: print what was saved
-    :raises ValueError: ``every`` is no whole number of at least 1; and by ``learn``, another callback than a list calls it
+    :raises ValueError: ``every`` is no whole number of at least 1; and by ``learn``, another callback than a list calls it, or
+        the folder has a run of more steps
     :raises NotADirectoryError, PermissionError: in ``learn``, nothing can be written in the folder
     """
 
@@ -65,6 +66,8 @@ class SaveRunCallback(BaseCallback):
         check_writable(self.folder)
 
     def _on_training_start(self) -> None:
+        assert isinstance(self.model, ResumableAlgorithm)
+        check_room(self.folder, self.num_timesteps, self.model.processes)
         self._known = self.num_timesteps
         self._due = self._known + self.every
 

@@ -45,8 +45,10 @@ from sb3_dreamer_gpld.environment_checks import (
     check_finite,
     check_normalization,
     check_normalized_images,
+    check_same_units,
     naming_environments,
-    warn_of_raw_observations,
+    warn_of_other_units,
+    whereabouts,
 )
 from sb3_dreamer_gpld.envs import frames_of, registered
 from sb3_dreamer_gpld.execution import AUTO_COMPILE_UPDATES, addresses
@@ -283,6 +285,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self._penalty_waits: int | None = None  # the penalty_start that it was moved on to, which counts once
         self._scheduled_for: Any = None  # the learning_rate that lr_schedule was made of
         self.update_ratio = UpdateRatio()
+        self._left_at: bytes | None = None  # where the last learn() left the environments
         self._steps_without_credit = 0  # stored by a collection that goes on, of this process
         # By a VecNormalize when it learned last: keys of observations, and whether rewards were
         self._normalized: tuple[str, ...] = ()
@@ -343,11 +346,16 @@ class DreamerGPLD(ResumableAlgorithm):
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in SB3; a warning if ``env`` does not normalise observations as those that were learned from."""
         super().set_env(env, force_reset)
-        warn_of_raw_observations(self._normalized, self.get_vec_normalize_env())
+        self._left_at = None
+        self._check_loaded()
 
     def _check_loaded(self) -> None:
-        if self.env is not None:
-            warn_of_raw_observations(self._normalized, self.get_vec_normalize_env())
+        if self.env is not None and self.num_timesteps:
+            warn_of_other_units(self._normalized, self.get_vec_normalize_env())
+
+    def _check_resumed(self) -> None:
+        if self.num_timesteps:
+            check_same_units(self._normalized, self._rewards_normalized, self.get_vec_normalize_env())
 
     def _renew_exploration(self, episodes: Sequence[int] | None = None) -> None:
         """Make the noise that begins with the next episode of each environment.
@@ -577,6 +585,8 @@ class DreamerGPLD(ResumableAlgorithm):
         self._seed_environments_anew(not reset_num_timesteps)
         if not self._custom_logger and "_logger" in self.__dict__ and self._logger not in _HANDED_ON:
             self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
+        if self._left_at is not None and self.env is not None and self._left_at != whereabouts(self.env):
+            self._last_obs = None  # somebody else has moved the environments: their episodes begin anew
         with naming_environments(self), self._first_observations():
             begins = reset_num_timesteps or self.num_timesteps == 0  # SB3 would go on with the logs of another run
             total_timesteps, callback = self._setup_learn(total_timesteps, callback, begins, tb_log_name, progress_bar)
@@ -624,6 +634,7 @@ class DreamerGPLD(ResumableAlgorithm):
         if reset_num_timesteps and not warned and self.num_timesteps >= total_timesteps:
             warn_without_updates(self)
         self._all_go_on(True)  # the others save what the callbacks have saved
+        self._left_at = whereabouts(self.env)
         return self
 
     @contextlib.contextmanager
@@ -831,6 +842,7 @@ class DreamerGPLD(ResumableAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         own = [
             "_state",
+            "_left_at",
             "_latents",
             "_exploration",
             "_explored_with",

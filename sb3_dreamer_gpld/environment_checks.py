@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_dreamer_gpld.config import ObservationSpec
 from sb3_dreamer_gpld.observations import ONLY_KEY, by_key, called, normalized_keys, spaces_by_key
@@ -108,6 +109,20 @@ def naming_environments(algorithm: BaseAlgorithm) -> Iterator[None]:
         raise
 
 
+def whereabouts(env: VecEnv) -> bytes | None:
+    """Where environments are, to tell whether somebody else has moved them, as an evaluation does.
+
+    :param env: a vectorised environment, wrapped or not
+    :return: a digest: of a DummyVecEnv's last observations, else of the steps that Monitors have counted; None: nothing tells
+    """
+    unwrapped = env.unwrapped
+    if isinstance(unwrapped, DummyVecEnv):
+        return b"".join(values.tobytes() for values in unwrapped.buf_obs.values())
+    if isinstance(unwrapped, SubprocVecEnv) and not unwrapped.closed and all(unwrapped.env_is_wrapped(Monitor)):
+        return np.array(unwrapped.env_method("get_total_steps")).tobytes()
+    return None
+
+
 def check_finite(
     step: int,
     observation: np.ndarray | dict[str, np.ndarray],
@@ -166,19 +181,48 @@ def check_normalized_images(normalize: VecNormalize | None, spec: ObservationSpe
             )
 
 
-def warn_of_raw_observations(keys: Sequence[str], normalize: VecNormalize | None) -> None:
-    """Warn of environments whose observations are not normalised, though those that were learned from are.
+def _differing(keys: Sequence[str], normalize: VecNormalize | None) -> str:
+    """How the observations that ``normalize`` normalises differ from those that were, by keys; "" if they do not."""
+    now = normalized_keys(normalize)
+    raw = [called("observation", key) for key in keys if key not in now]
+    new = [called("observation", key) for key in now if key not in keys]
+    parts = [f"its environments do not normalise {', '.join(raw)}, as they did"] if raw else []
+    parts += [f"its environments normalise {', '.join(new)}, as they did not"] if new else []
+    return ", and ".join(parts)
+
+
+def warn_of_other_units(keys: Sequence[str], normalize: VecNormalize | None) -> None:
+    """Warn of environments whose observations are in other units than those that were learned from.
 
     :param keys: of observations that VecNormalize normalised when the agent learned
     :param normalize: among the wrappers of its environments now, if there is one
     """
-    raw = [called("observation", key) for key in keys if key not in normalized_keys(normalize)]
-    if raw:
+    problem = _differing(keys, normalize)
+    if not problem and normalize is not None and keys:
+        statistics = normalize.obs_rms if isinstance(normalize.obs_rms, dict) else {ONLY_KEY: normalize.obs_rms}
+        if min(each.count for each in statistics.values()) < 1:
+            problem = "its environments' VecNormalize has seen no observation yet"
+    if problem:
         warnings.warn(
-            f"The agent learned from normalised observations, and its environments do not normalise {', '.join(raw)}: it acts "
-            "on other numbers than it knows. VecNormalize.load('vecnormalize.pkl', env) gives it those",
+            f"The agent learned from observations in other units: {problem}. VecNormalize.load('vecnormalize.pkl', env) gives "
+            "the environments the statistics that VecNormalize.save has saved in training",
             stacklevel=4,
         )
+
+
+def check_same_units(keys: Sequence[str], rewards: bool, normalize: VecNormalize | None) -> None:
+    """Look whether a run goes on with the units that it had.
+
+    :param keys: of observations that VecNormalize normalised when the agent learned
+    :param rewards: whether it normalised rewards
+    :param normalize: among the wrappers of its environments now, if there is one
+    :raises ValueError: it normalises others
+    """
+    problem = _differing(keys, normalize)
+    if not problem and rewards != (normalize is not None and normalize.norm_reward):
+        problem = f"norm_reward was {rewards}, and is {not rewards}"
+    if problem:
+        raise ValueError(f"The run would go on with numbers in other units: {problem}. Allowed: VecNormalize as it was")
 
 
 def check_normalization(normalize: VecNormalize | None, space: spaces.Space[Any]) -> None:

@@ -31,14 +31,19 @@ def steps_per_second(env: gym.Env[Any, Any]) -> float | None:
     :param env: the environment, wrapped or not
     :return: steps per second; what ``metadata["render_fps"]`` says for other environments, None if it is missing
     """
+    timestep = getattr(env.unwrapped, "control_timestep", None)
+    if callable(timestep):  # elsewhere it may be a number
+        return 1 / (timestep() * repeats(env))
+    return (env.metadata or {}).get("render_fps")
+
+
+def repeats(env: gym.Env[Any, Any]) -> int:
+    """How often the :class:`ActionRepeat` among the wrappers of ``env``, if there are any, have an action applied."""
     layer, repeat = env, 1
     while isinstance(layer, gym.Wrapper):
         repeat *= layer.repeat if isinstance(layer, ActionRepeat) else 1
         layer = layer.env
-    timestep = getattr(layer, "control_timestep", None)
-    if callable(timestep):  # elsewhere it may be a number
-        return 1 / (timestep() * repeat)
-    return (env.metadata or {}).get("render_fps")
+    return repeat
 
 
 def frames_of(info: Mapping[str, Any]) -> int:

@@ -72,10 +72,10 @@ def steps_saved(folder: Path, processes: Processes = ALONE) -> int:
     return 0 if file is None else _steps_of_run(file)
 
 
-def _newest_run(folder: Path, processes: Processes) -> Path | None:
+def _newest_run(folder: Path, processes: Processes, partial_is_error: bool = True) -> Path | None:
     """The model's file of the run that was saved last and of which all processes have all files; None: nothing was saved.
 
-    :raises FileNotFoundError: of every run in the folder a file is missing; names one
+    :raises FileNotFoundError: of every run in the folder a file is missing, and ``partial_is_error``; names one
     """
     missing = None
     for file in processes.told_by_first(sorted(_saved_runs(folder), key=_steps_of_run, reverse=True)):
@@ -83,12 +83,29 @@ def _newest_run(folder: Path, processes: Processes) -> Path | None:
         missing = missing or (absent[0] if absent else None)
         if processes.sums([len(absent)])[0] == 0:
             return Path(file)
-    if processes.sums([missing is not None])[0]:
+    if partial_is_error and processes.sums([missing is not None])[0]:
         raise FileNotFoundError(
             f"{folder} has no saved run with the files of all {processes.size} processes; {missing or 'those of another'} "
             "is missing. Allowed: as many processes as the run was saved with, and all of its files"
         )
     return None
+
+
+def check_room(folder: Path, steps: int, processes: Processes) -> None:
+    """Look whether a run can be saved in a folder, where nothing of another one may be lost.
+
+    :param folder: that :meth:`ResumableAlgorithm.save_run` writes into
+    :param steps: that the run has made
+    :param processes: that have it, of which all call this
+    :raises ValueError: a run is saved there that has made more steps
+    """
+    newest = _newest_run(folder, processes, partial_is_error=False)
+    if newest is not None and _steps_of_run(newest) > steps:
+        raise ValueError(
+            f"{folder} holds a run of {_steps_of_run(newest)} steps, {newest.name}, and this one is at {steps}: it would be "
+            "overwritten. Allowed: another folder, or to go on with it: load_run(folder, env), and "
+            "learn(..., reset_num_timesteps=False)"
+        )
 
 
 def _statistics_of_run(file: Path) -> Path:
@@ -159,7 +176,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
 
     def _run_state(self) -> dict[str, Any]:
         """Attributes that are made for the file alone."""
-        return {"_rng_states": self._rng_states or rng_states(self.device)}  # those that a loaded run has yet to go on with
+        states = self._rng_states or rng_states(self.device)  # those that a loaded run has yet to go on with
+        return {"_rng_states": states, "format_version": FORMAT_VERSION}  # a loaded model has the one of its file
 
     def _save_share(self, path: str | os.PathLike[str] | io.BufferedIOBase) -> None:
         """What a process other than the first adds to a saved model: the states of its random generators."""
@@ -235,6 +253,22 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: the file is truncated, of another algorithm, of a later version, or of other spaces than ``env``
         :raises RuntimeError: nets of another size are asked for than those of the file
         """
+        model = cls._load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model._check_loaded()
+        return model
+
+    @classmethod
+    def _load(
+        cls: type[SelfAlgorithm],
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfAlgorithm:
+        """As :meth:`load`, without a look at what VecNormalize does."""
         attributes = check_model_file(path)
         inits = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, ResumableAlgorithm)]
         check_names(cls, inits, [name for name in kwargs if name not in attributes or name in KNOWN_ELSEWHERE])
@@ -246,11 +280,16 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         if kwargs.get("seed") is not None:
             model._rng_states, model._reseeded = None, True
         model._was_loaded = True
-        model._check_loaded()
         return model
 
     def _check_loaded(self) -> None:
-        """What a subclass looks at when a model was loaded."""
+        """What a subclass looks at when a model was loaded, and warns of."""
+
+    def _check_resumed(self) -> None:
+        """What a subclass looks at when a run was loaded to go on.
+
+        :raises ValueError: it cannot go on
+        """
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """As in SB3. A loaded run goes on with these random numbers, in place of those that were saved.
@@ -273,8 +312,10 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :param folder: of the run, which is made if it is not there
         :return: the model's file
         :raises OSError: it could not be written; what was saved before is still there
+        :raises ValueError: a run is saved there that has made more steps; it is left as it is
         """
         folder, told = Path(folder), list(self._saved)
+        check_room(folder, self.num_timesteps, self.processes)
         if self.processes.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         self.processes.barrier()  # nobody writes before the folder is there
@@ -287,9 +328,11 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         self.save(file)
         self._saved = told
         self.processes.barrier()  # nothing is removed before all files are there
-        for other in list(folder.iterdir()):
+        # Models first, by whose buffers they are known: others may be of a CheckpointCallback
+        for other in sorted(folder.iterdir(), key=lambda file: file.suffix != ".zip"):
             found = RUN_FILE.fullmatch(other.name)
-            if found and (int(found[1]) != self.num_timesteps or other.suffix == ".part"):
+            foreign = other.suffix == ".zip" and not other.with_suffix(".pkl").is_file()
+            if found and not foreign and (int(found[1]) != self.num_timesteps or other.suffix == ".part"):
                 other.unlink(missing_ok=True)
         self.processes.barrier()  # and nobody writes the next ones before
         return file
@@ -307,12 +350,12 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
         :return: None: nothing was saved there
         :raises FileNotFoundError: of several processes, the files of one are missing
         :raises ValueError: as in :meth:`load` and :meth:`load_replay_buffer`; or the run was saved with VecNormalize, and
-            ``env`` is without it, or the other way round
+            ``env`` is without it, or the other way round, or it normalises other things
         """
         file = _newest_run(Path(folder), current())
         if file is None:
             return None
-        model = cls.load(file, env, device, **kwargs)
+        model = cls._load(file, env, device, **kwargs)
         model.load_replay_buffer(file.with_suffix(".pkl"))
         normalize, statistics = model.get_vec_normalize_env(), _statistics_of_run(file)
         if (normalize is not None) != statistics.is_file():
@@ -322,6 +365,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
             for name, value in pickle.loads(statistics.read_bytes()).items():
                 setattr(normalize, name, value)
             model._counted_first = True
+        model._check_resumed()
         return model
 
     @contextlib.contextmanager

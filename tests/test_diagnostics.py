@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
 from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback, measures
+from sb3_dreamer_gpld.envs import ActionRepeat
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy
 
@@ -61,6 +62,7 @@ class Pictures(Counter):
 
 
 gym.register("DiagnosticsCounter-v0", Counter)
+gym.register("DiagnosticsTwice-v0", lambda: ActionRepeat(Counter(), 2))
 gym.register("DiagnosticsPictures-v0", Pictures)
 
 
@@ -83,6 +85,7 @@ def files(model: DreamerGPLD, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny(Counter(), policy_kwargs=dict(deter=48, stoch=3, classes=5)).save(folder / "larger.zip")
     tiny(VecNormalize(DummyVecEnv([Counter]))).learn(10).save(folder / "normalized.zip")
     tiny(VecNormalize(DummyVecEnv([Counter]), norm_obs=False)).learn(10).save(folder / "rewards.zip")
+    tiny(ActionRepeat(Counter(), 2)).learn(10).save(folder / "twice.zip")
     tiny(Pictures()).learn(30).save(folder / "pictures.zip")
     tiny(Pictures(), policy_kwargs=dict(reconstruction="redundancy")).learn(30).save(folder / "undecoded.zip")
     PPO("MlpPolicy", Counter(), n_steps=8, batch_size=8).save(folder / "ppo.zip")
@@ -582,6 +585,14 @@ def test_command_writes_videos(files: Path, tmp_path: Path) -> None:
         (
             "--model {files}/counter.zip --baseline {files}/pictures.zip --env DiagnosticsCounter-v0",
             "--baseline .*another environment",
+        ),
+        (
+            "--model {files}/counter.zip --env DiagnosticsTwice-v0",
+            "trained with 1 frames for each of its steps, and DiagnosticsTwice-v0 makes 2.*-conf",
+        ),
+        (
+            "--model {files}/twice.zip --env DiagnosticsCounter-v0",
+            "trained with 2 frames .*, and DiagnosticsCounter-v0 makes 1",
         ),
         ("--model {files}/counter.zip --env DiagnosticsCounter-v0 --video", "this model has none"),
         ("--model {files}/pictures.zip --env DiagnosticsPictures-v0 --video --image eya", "Did you mean 'eye'"),

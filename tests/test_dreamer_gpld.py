@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
@@ -180,6 +183,31 @@ def test_cuts_start_a_new_episode() -> None:
     firsts = np.flatnonzero(buffer.is_first[:, 0])
     np.testing.assert_array_equal(firsts, [0, 5, 9])  # each cut has a closing row
     assert buffer.dones[4, 0] == 1 and buffer.timeouts[4, 0] == 1
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda env: DummyVecEnv([env]),
+        lambda env: VecNormalize(DummyVecEnv([env])),
+        lambda env: SubprocVecEnv([env], start_method="fork"),
+    ],
+    ids=["dummy", "normalized", "subproc"],
+)
+def test_environments_that_were_moved_begin_anew(make: Callable[[Any], VecEnv], moved: bool) -> None:
+    """Between two calls of learn, by an evaluation: the episode that stood open is cut there."""
+    env = make(lambda: Monitor(RandomSpaces(BOX, BOX)))
+    model = tiny(env, "MlpPolicy", learning_starts=1000)
+    model.learn(14)
+    if moved:
+        evaluate_policy(model, env, n_eval_episodes=1)
+    model.learn(3, reset_num_timesteps=False)
+    env.close()
+    buffer = model.replay_buffer
+    assert buffer is not None
+    assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, 11, *([16] if moved else [])]
+    assert (buffer.dones[15, 0], buffer.timeouts[15, 0]) == ((1, 1) if moved else (0, 0))
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

@@ -581,10 +581,19 @@ def test_a_loaded_model_warns_of_observations_that_are_not_normalised(tmp_path: 
         DreamerGPLD.load(tmp_path / "model", Clock())
     with pytest.warns(UserWarning, match="do not normalise the observation"):
         trained.set_env(DummyVecEnv([Clock]))
+    with pytest.warns(UserWarning, match="environments' VecNormalize has seen no observation yet"):
+        DreamerGPLD.load(tmp_path / "model", normalised())
+    model(env=Clock()).learn(40).save(tmp_path / "raw")
+    with pytest.warns(UserWarning, match="environments normalise the observation, as they did not"):
+        DreamerGPLD.load(tmp_path / "raw", normalised())
+    known = normalised()
+    known.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DreamerGPLD.load(tmp_path / "model", normalised()).set_env(normalised())
+        DreamerGPLD.load(tmp_path / "model", known).set_env(known)
+        DreamerGPLD.load(tmp_path / "raw", Clock())
         DreamerGPLD.load(tmp_path / "model")  # to be evaluated elsewhere
+        model(env=Clock()).set_env(normalised())  # of one that has not learned
 
 
 def test_a_policy_file_loads_for_a_device_that_numpy_cannot_read(tmp_path: Path) -> None:

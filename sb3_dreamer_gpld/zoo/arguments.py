@@ -18,7 +18,6 @@ from sb3_dreamer_gpld.presets import CONFIGS
 from sb3_dreamer_gpld.zoo.check import read_yaml
 
 NAME = "dreamer_gpld"  # of the algorithm, for --algo
-FINISHED = "finished.txt"  # in the folder of a run that has made all its steps: how many
 DEFAULT_ENV = "CartPole-v1"  # Inside rl_zoo3: what its scripts take without --env
 
 

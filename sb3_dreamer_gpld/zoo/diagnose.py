@@ -18,7 +18,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import check_for_correct_spaces
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import Tensor
 
 from sb3_dreamer_gpld.checks import check_int, check_range
@@ -38,6 +38,7 @@ from sb3_dreamer_gpld.diagnostics import (
     write_mp4,
 )
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
+from sb3_dreamer_gpld.envs import repeats
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.saving import check_writable, staged
 from sb3_dreamer_gpld.zoo.episodes import Filtered, collect, cut_windows, filtered
@@ -134,6 +135,15 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
                 f"--{name} {files[name]} was trained in another environment than {options.env}: {error}. "
                 "If wrappers or env_kwargs make the difference, name the hyperparameter file with -conf"
             ) from error
+        assert isinstance(env, DummyVecEnv)
+        repeat, frames = repeats(env.envs[0]), model.num_frames / max(1, model.num_timesteps)
+        if model.num_frames and not frames <= repeat < 2 * frames:  # the last action of an episode may be cut short
+            wrapped.close()
+            raise ValueError(
+                f"--{name} {files[name]} was trained with {frames:.3g} frames for each of its steps, and {options.env} makes "
+                f"{repeat}: actions are not repeated as often. Name the hyperparameter file with -conf, or the environment's "
+                "arguments with --env-kwargs"
+            )
     return Setup(models, wrapped)
 
 

@@ -75,7 +75,7 @@ def _record(
     for step in range(1, max_steps + 1):
         tensors, _ = policy.obs_to_tensor(observation)
         if known is None:
-            state = policy.act(tensors, state, is_first, deterministic)
+            state = policy.act(tensors, state, is_first, deterministic, planned=policy.planner is not None)
         else:
             state = state._replace(action=known[step - 1 : step])
         is_first = th.zeros_like(is_first)

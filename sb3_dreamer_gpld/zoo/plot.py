@@ -11,15 +11,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sb3_dreamer_gpld.saving import atomic_file
 from sb3_dreamer_gpld.zoo.evaluations import read_evaluations
+from sb3_dreamer_gpld.zoo.recorded import recorded
 
 # Returns of dm_control's tasks lie between 0 and this
 LARGEST_RETURN = 1000.0
@@ -108,18 +108,21 @@ def draw(runs: Runs, output: Path, style: Style) -> None:
 def read_runs(folders: list[str], labels: list[str] | None, algos: list[str]) -> Runs:
     """
     :param folders: log folders of rl_zoo3
-    :param labels: a label for each; None: runs are told apart by algorithm, hyperparameter file and folder
+    :param labels: a label for each; None: runs are told apart by algorithm, hyperparameter file, what the command changed of
+        it and of the environment, and folder
     :param algos: algorithms; their names become part of the labels if there are several
     :return: the evaluations of all runs
     """
     runs: Runs = {}
+    made_with: dict[tuple[str, str], set[str]] = {}
     for number, folder in enumerate(folders):
         for algo in algos:
             for file in sorted(Path(folder, algo).glob("*_*/evaluations.npz")):
+                settings = _settings(file.parent)
                 if labels:
                     name = f"{labels[number]} {algo}" if len(algos) > 1 else labels[number]
                 else:
-                    setting = ", ".join(part for part in (algo, _hyperparameter_file(file.parent)) if part)
+                    setting = ", ".join([algo, *settings])
                     name = f"{folder}: {setting}" if len(folders) > 1 else setting
                 # <environment>_<number of the run>, and the unique name that --uuid adds
                 task = re.sub(r"_\d+(_[0-9a-f-]{36})?$", "", file.parent.name)
@@ -128,6 +131,10 @@ def read_runs(folders: list[str], labels: list[str] | None, algos: list[str]) ->
                     continue
                 run = Run(log["timesteps"], log["results"].reshape(len(log["timesteps"]), -1).mean(1))
                 runs.setdefault(task, {}).setdefault(name, []).append(run)
+                made_with.setdefault((task, name), set()).add(", ".join(settings))
+    for (task, name), several in made_with.items():
+        if len(several) > 1:
+            print(f"{task}: the curve {name!r} joins runs of different settings: {'; '.join(sorted(several))}")
     return {task: _comparable(task, by_label) for task, by_label in runs.items()}
 
 
@@ -144,23 +151,13 @@ def _comparable(task: str, by_label: dict[str, list[Run]]) -> dict[str, list[Run
         by_label = {label: runs for label, runs in kept.items() if runs}
 
 
-class _Arguments(yaml.SafeLoader):
-    """Reads the arguments that rl_zoo3 recorded as an OrderedDict; Python objects in it are None, and no code is run."""
-
-    def ordered_dict(self, node: yaml.SequenceNode) -> dict[str, Any]:
-        return dict(self.construct_sequence(node, deep=True)[0])
-
-
-_Arguments.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
-_Arguments.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _Arguments.ordered_dict)
-
-
-def _hyperparameter_file(run: Path) -> str:
-    """Name of the file a run took its hyperparameters from, "" if that is not recorded."""
-    for file in run.glob("*/args.yml"):
-        recorded = yaml.load(file.read_text(), Loader=_Arguments)
-        return Path(recorded.get("conf_file") or "").name if isinstance(recorded, dict) else ""
-    return ""
+def _settings(run: Path) -> list[str]:
+    """What a run was made with, as far as it is recorded: the file of its hyperparameters, and what the command changed."""
+    arguments = recorded(run, "args.yml")
+    file = arguments.get("conf_file")
+    changed = [arguments.get(name) for name in ("hyperparams", "env_kwargs")]
+    parts = [Path(file).name] if isinstance(file, str) else []
+    return parts + [f"{name}={value}" for values in changed if isinstance(values, dict) for name, value in values.items()]
 
 
 def _common_steps(runs: list[Run]) -> np.ndarray:

@@ -31,8 +31,9 @@ from sb3_dreamer_gpld.callbacks import SaveRunCallback, callbacks_of_all
 from sb3_dreamer_gpld.dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.resumable import ResumableAlgorithm, run_file, steps_saved
 from sb3_dreamer_gpld.saving import atomic_file, staged
-from sb3_dreamer_gpld.zoo.arguments import FINISHED, fail
+from sb3_dreamer_gpld.zoo.arguments import fail
 from sb3_dreamer_gpld.zoo.evaluations import EVALUATIONS, NoteBest, restore_evaluations
+from sb3_dreamer_gpld.zoo.recorded import Finished, changes
 from sb3_dreamer_gpld.zoo.sweep import episodes_in, whole_lines
 
 try:
@@ -71,6 +72,7 @@ class Experiment(ExperimentManager):
         if folder is not None:
             self._check_folder(Path(folder))
         self.done = self.total = 0  # steps that the run had made when it was saved, and all that it shall make
+        self.ended = False
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
 
@@ -119,11 +121,12 @@ class Experiment(ExperimentManager):
         if others:
             name = others[0].relative_to(folder)
             fail(f"--run-folder {folder}: the run there is of {name}, not of {self.env_name}. Allowed: another folder")
-        finished = int((folder / FINISHED).read_text()) if (folder / FINISHED).exists() else 0
-        if finished > self.saved:
+        end = Finished.read(folder)
+        if end is not None and end.steps > self.saved:
             last = f"what was saved last is of step {self.saved}" if self.saved else "nothing was saved"
+            how = "was stopped by a callback" if end.stopped else "is finished"
             fail(
-                f"--run-folder {folder}: the run there is finished after {finished} steps, and {last} that it could go on "
+                f"--run-folder {folder}: the run there {how} after {end.steps} steps, and {last} that it could go on "
                 "from, so that it would be overwritten. Allowed: another folder"
             )
         model = folder / f"{self.env_name}.zip"
@@ -152,15 +155,9 @@ class Experiment(ExperimentManager):
         else:
             self.seed = self.args.seed = given.get("seed", self.seed)
             print(f"The seed is that of the run, {self.seed}")
-        differing = sorted(
-            name
-            for name in before.keys() | now.keys()
-            if name != "n_timesteps" and not _equal(before.get(name), now.get(name))
-        )
-        if differing:
-            changes = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differing)
+        if found := changes(before, now):
             fail(
-                f"--run-folder {self.folder}: the run that is saved there has other hyperparameters ({changes}). Allowed: the "
+                f"--run-folder {self.folder}: the run that is saved there has other hyperparameters ({found}). Allowed: the "
                 "same ones, n_timesteps excepted, or another folder"
             )
 
@@ -169,18 +166,24 @@ class Experiment(ExperimentManager):
         self.n_timesteps -= self.done
         if self.done and self.n_timesteps <= 0:
             return print(f"Nothing to do: the run has made its {self.done} steps")
+        learn: Any = DreamerGPLD.learn
         settings: dict[str, Any] = {"reset_num_timesteps": False} if self.done else {}
         if self.folder is not None:  # SB3 goes on in the newest TensorBoard log of a name, which may be of another run
             path = Path(self.folder).resolve()
             settings["tb_log_name"] = "-".join(path.relative_to(path.anchor).parts)[-200:]
-        with mock.patch.object(DreamerGPLD, "learn", functools.partialmethod(DreamerGPLD.learn, **settings)):
+
+        def to_its_end(model: DreamerGPLD, *args: Any, **kwargs: Any) -> DreamerGPLD:
+            learn(model, *args, **kwargs, **settings)
+            self.ended = True  # and was not interrupted, which rl_zoo3 does not tell
+            return model
+
+        with mock.patch.object(DreamerGPLD, "learn", to_its_end):
             super().learn(model)
 
     def save_trained_model(self, model: Any) -> None:
         super().save_trained_model(model)
-        if self.processes.is_first and model.num_timesteps >= self.total:  # it was not interrupted
-            with atomic_file(Path(self.save_path) / FINISHED) as file:
-                file.write(f"{model.num_timesteps}\n".encode())
+        if self.processes.is_first and self.ended:
+            Finished(model.num_timesteps, stopped=model.num_timesteps < self.total).write(Path(self.save_path))
 
     def create_log_folder(self) -> None:
         if self.logs and self.folder is None:
@@ -226,11 +229,6 @@ class Experiment(ExperimentManager):
             # A run that goes on reads what is there, so that it must always be whole
             with staged(folder) as temporary, mock.patch.object(self, "params_path", str(temporary)):
                 super()._save_config(saved_hyperparams)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two hyperparameters are the same; objects such as schedules are by what YAML says of them."""
-    return bool(one == other) or yaml.dump(one) == yaml.dump(other)
 
 
 def new_folder(folder: Path) -> Path:

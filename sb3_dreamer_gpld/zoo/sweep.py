@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from sb3_dreamer_gpld.checks import unknown_name
-from sb3_dreamer_gpld.zoo.arguments import FINISHED, NAME, choose_entry, fail, find_config
+from sb3_dreamer_gpld.zoo.arguments import NAME, choose_entry, fail, find_config
 from sb3_dreamer_gpld.zoo.check import check_entry
 from sb3_dreamer_gpld.zoo.environments import prepare_environment
+from sb3_dreamer_gpld.zoo.recorded import Finished, changes, recorded
 from sb3_dreamer_gpld.zoo.register import register
 
 # Arms that need no file: arguments beside those of the hyperparameter file
@@ -55,9 +56,9 @@ class SweepRun(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether it says that it has made its steps, the last that a run does."""
-        file = self.folder / FINISHED
-        return file.is_file() and int(file.read_text()) >= self.steps
+        """Whether it says that it has made its steps, the last that a run does, or was stopped by a callback."""
+        end = Finished.read(self.folder)
+        return end is not None and (end.stopped or end.steps >= self.steps)
 
     def progress(self) -> dict[str, float]:
         """Frames and episodes so far, and the mean return of the last episodes, from what the run has logged.
@@ -238,6 +239,13 @@ def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
             for seed in seeds:
                 place = folder / arm / NAME / f"{task.replace('/', '-')}_{seed + 1}"
                 run = SweepRun(task, arm, seed, steps, place)
+                hyperparameters = recorded(place, "config.yml")
+                found = changes(hyperparameters, {**entry, **settings}) if run.finished and hyperparameters else ""
+                if found:
+                    fail(
+                        f"{place}: the run there is finished with other hyperparameters ({found}). Allowed: the same ones, "
+                        "n_timesteps excepted, or another --folder"
+                    )
                 runs[run] = command(run, settings, options)
     return runs
 

@@ -55,6 +55,25 @@ def test_an_episode_goes_from_its_first_observation_to_its_last(max_steps: int) 
         assert not episode.deter.any() and not episode.stoch.any()
 
 
+def test_a_planner_plans_the_actions_of_episodes() -> None:
+    """As in predict: what is measured is the agent that an evaluation shows."""
+    env = Noting(spaces.Box(-1, 1, (2,)))
+    planner = dict(samples=8, policy_samples=2, elites=4, iterations=1)
+    model = DreamerGPLD("MlpPolicy", env, model_size="debug", device="cpu", seed=0, planner=planner)
+    (episode,) = collect(model, model.get_env(), 1, 20, seed=3, deterministic=True)
+    env.reset()
+    env.taken.clear()
+    with undisturbed(model.policy, 3):
+        state = None
+        for step in range(LENGTH):
+            action, state = model.predict(np.full(1, step, np.float32), state, [step == 0], deterministic=True)
+            env.step(action)
+    np.testing.assert_allclose(episode.actions[0, 1:], np.stack(env.taken), atol=1e-6)
+    model.policy.planner = None
+    (without,) = collect(model, model.get_env(), 1, 20, seed=3, deterministic=True)
+    assert not np.allclose(episode.actions, without.actions, atol=1e-2)
+
+
 def test_actions_are_those_that_were_taken() -> None:
     model, env = make(spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32)))
     (episode,) = collect(model, model.get_env(), 1, 20)

@@ -1,12 +1,16 @@
 """Learning curves and their statistics."""
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from sb3_dreamer_gpld.zoo import main as zoo
 from sb3_dreamer_gpld.zoo import plot
+from sb3_dreamer_gpld.zoo.recorded import recorded
 
 
 def _write_runs(folder: Path, task: str, seeds: int, final: float, evaluations: int = 4) -> None:
@@ -102,17 +106,36 @@ def test_curves_are_labelled_by_algorithm_and_file(trained: Path, folder: Path, 
     assert list(plot.read_runs([logs], ["mine"], ["dreamer_gpld"])["Pendulum-v1"]) == ["mine"]
 
 
+def test_runs_of_different_settings_are_told_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write_runs(folder / "logs", "Pendulum-v1", seeds=3, final=-200.0)
+    first, second, third = sorted((folder / "logs" / "dreamer_gpld").iterdir())
+    for run, hyperparams in ((first, None), (second, {"train_ratio": 512}), (third, None)):
+        (run / "Pendulum-v1").mkdir()
+        arguments = {"conf_file": "a/b.yml", "hyperparams": hyperparams, "env_kwargs": {"g": 5.0} if run == third else None}
+        (run / "Pendulum-v1" / "args.yml").write_text(yaml.dump(OrderedDict(arguments)))
+    file = "dreamer_gpld, b.yml"
+    assert set(plot.read_runs(["logs"], None, ["dreamer_gpld"])["Pendulum-v1"]) == {
+        file,
+        f"{file}, train_ratio=512",
+        f"{file}, g=5.0",
+    }
+    assert capsys.readouterr().out == ""
+    plot.read_runs(["logs"], ["mine"], ["dreamer_gpld"])
+    expected = "the curve 'mine' joins runs of different settings: b.yml; b.yml, g=5.0; b.yml, train_ratio=512"
+    assert expected in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - a/b.yml\n", "b.yml"),
-        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - null\n", ""),
-        ("!!python/object/apply:os.mkdir [ran]\n", ""),
-        ("!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n", ""),
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - a/b.yml\n", {"conf_file": "a/b.yml"}),
+        ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - null\n", {"conf_file": None}),
+        ("!!python/object/apply:os.mkdir [ran]\n", {}),
+        ("!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n", {"x": None}),
     ],
 )
-def test_recorded_arguments_run_no_code(folder: Path, text: str, expected: str) -> None:
+def test_recorded_arguments_run_no_code(folder: Path, text: str, expected: dict[str, Any]) -> None:
     (folder / "run" / "Pendulum-v1").mkdir(parents=True)
     (folder / "run" / "Pendulum-v1" / "args.yml").write_text(text)
-    assert plot._hyperparameter_file(folder / "run") == expected
+    assert recorded(folder / "run", "args.yml") == expected
     assert not (folder / "ran").exists()

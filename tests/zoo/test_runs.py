@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ pytest.importorskip("rl_zoo3")
 
 from rl_zoo3.exp_manager import ExperimentManager  # noqa: E402
 from stable_baselines3 import PPO  # noqa: E402
-from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback, EveryNTimesteps  # noqa: E402
+from stable_baselines3.common.callbacks import (  # noqa: E402
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+)
 from stable_baselines3.common.monitor import Monitor, load_results  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
@@ -114,6 +122,29 @@ def test_a_run_is_saved_from_time_to_time_and_goes_on(tmp_path: Path) -> None:
     before = (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns
     loaded.learn(0, reset_num_timesteps=False, callback=SaveRunCallback(tmp_path / "run", every=100))
     assert (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns == before
+
+
+def test_a_longer_run_is_not_overwritten(tmp_path: Path) -> None:
+    """By one that begins in its folder, or that goes on from it with a count of its own; nor are the files of others."""
+    env, folder = RandomSpaces(BOX, BOX), tmp_path / "run"
+    tiny(env).learn(60, callback=CheckpointCallback(20, str(folder), name_prefix="run")).save_run(folder)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name for path in files} == {f"run_{steps}_steps.zip" for steps in (20, 40, 60)} | {"run_60_steps.pkl"}
+    message = "holds a run of 60 steps, run_60_steps.zip, and this one is at {}: it would be overwritten.*load_run"
+    with pytest.raises(ValueError, match=message.format(0)):
+        tiny(env).learn(100, callback=SaveRunCallback(folder, every=15))
+    loaded = DreamerGPLD.load_run(folder, env)
+    assert loaded is not None
+    with pytest.raises(ValueError, match=message.format(0)):
+        loaded.learn(100, callback=SaveRunCallback(folder, every=15))
+    with pytest.raises(ValueError, match=message.format(20)):
+        tiny(env).learn(20).save_run(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+    loaded = DreamerGPLD.load_run(folder, env)
+    assert loaded is not None
+    loaded.learn(20, reset_num_timesteps=False).save_run(folder)
+    left = {f"run_{steps}_steps.zip" for steps in (20, 40, 80)} | {"run_80_steps.pkl"}
+    assert {path.name for path in folder.iterdir()} == left
 
 
 def test_a_run_without_its_buffer_is_not_begun_anew(tmp_path: Path) -> None:
@@ -268,6 +299,24 @@ def test_a_sweep_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         sweep.main(["--tasks", "Pendulum-v1", "-conf", str(config)])
 
 
+def test_a_finished_run_of_a_sweep_has_the_same_hyperparameters(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "arms.yml").write_text("a: {imagination_horizon: 10}\n")
+    words = ["--tasks", "Pendulum-v1", "-conf", str(config), "-n", "20", "--eval-freq", "10", "-f", str(tmp_path / "sweep")]
+    words += ["--arms", "a", "--arms-file", str(tmp_path / "arms.yml")]
+    ((run, command),) = sweep.prepare(sweep.parse(words)).items()
+    monkeypatch.chdir(tmp_path)
+    main(command[3:])
+    assert list(sweep.prepare(sweep.parse(words))) == [run] and run.finished
+    (tmp_path / "arms.yml").write_text("a: {imagination_horizon: 20}\n")
+    with pytest.raises(
+        SystemExit, match=r"_1: the run there is finished with other hyperparameters \(imagination_horizon 10 -> 20\)"
+    ):
+        sweep.prepare(sweep.parse(words))
+
+
 @pytest.mark.parametrize("half", HALF_LINES)
 def test_the_progress_of_a_run(half: str, tmp_path: Path) -> None:
     run = SweepRun("Pendulum-v1", "gpld", 0, 1000, tmp_path)
@@ -275,7 +324,7 @@ def test_the_progress_of_a_run(half: str, tmp_path: Path) -> None:
     (tmp_path / "0.monitor.csv").write_text(f"#{{}}\nr,l,t\n-10.0,200,1\n{NO_EPISODE}-20.0,200,2\n{half}")
     (tmp_path / "1.monitor.csv").write_text("#{}\nr,l,t\n-30.0,200,1.5\n")
     assert run.progress() == {"frames": 600, "return": -20.0, "episodes": 3}
-    for steps, finished in ((999, False), (1000, True)):
+    for steps, finished in (("999", False), ("1000", True), ("350, stopped by a callback", True)):
         (tmp_path / "finished.txt").write_text(f"{steps}\n")
         assert run.finished == finished
 
@@ -487,6 +536,23 @@ def test_a_run_goes_on_with_vec_normalize_or_without_it(before: bool, after: boo
         DreamerGPLD.load_run(tmp_path, envs[after], device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, dict(norm_obs=False), "do not normalise the observation, as they did"),
+        (dict(norm_obs=False), {}, "normalise the observation, as they did not"),
+        ({}, dict(norm_reward=False), "norm_reward was True, and is False"),
+    ],
+)
+def test_a_run_goes_on_in_the_same_units(before: dict, after: dict, message: str, tmp_path: Path) -> None:
+    tiny(normalized(**before), "MlpPolicy").learn(20).save_run(tmp_path)
+    with pytest.raises(ValueError, match=f"in other units: .*{message}. Allowed: VecNormalize as it was"):
+        DreamerGPLD.load_run(tmp_path, normalized(**after), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what load() would say of statistics that load_run restores
+        assert DreamerGPLD.load_run(tmp_path, normalized(**before), device="cpu") is not None
+
+
 def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """``dreamer-gpld train`` with the tests' settings, in this process."""
     monkeypatch.chdir(folder)
@@ -511,6 +577,41 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
     begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--run-folder", ".")  # other runs may lie below
     with pytest.raises(SystemExit, match="the run there is finished after 20 steps, and nothing was saved that it could"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+def test_a_run_that_a_callback_stops_has_come_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is interrupted has not."""
+    write_entry(tmp_path / "settings.yml", callback=[{"test_runs.Stop": {"at": 12}}])
+    monkeypatch.setattr(Stop, "interrupted", True)
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20", "--run-folder", "interrupted")
+    assert not (tmp_path / "interrupted" / "finished.txt").exists()
+    monkeypatch.setattr(Stop, "interrupted", False)
+    begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+    assert (tmp_path / "run" / "finished.txt").read_text() == "12, stopped by a callback\n"
+    with pytest.raises(SystemExit, match="the run there was stopped by a callback after 12 steps, and nothing was saved"):
+        begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+
+
+class Stop(BaseCallback):
+    """Ends a run, or interrupts it.
+
+    :param at: step
+    """
+
+    interrupted = False
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps < self.at:
+            return True
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return False
 
 
 def test_a_run_that_goes_on_is_saved_when_it_ends(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
