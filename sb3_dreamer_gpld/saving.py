@@ -146,7 +146,9 @@ def check_model_file(path: str | os.PathLike[str] | io.BufferedIOBase) -> frozen
     try:
         try:
             with zipfile.ZipFile(file) as archive:
-                of_torch = any(part.endswith("/data.pkl") for part in archive.namelist())
+                # In a model there is one of torch.save, which is all that is found at the end of a truncated one
+                of_torch = any(part.filename.endswith("/data.pkl") for part in archive.infolist())
+                of_torch = of_torch and min(part.header_offset for part in archive.infolist()) == 0
                 broken = archive.testzip()
                 data = json.loads(archive.read("data")) if broken is None and not of_torch else {}
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:

@@ -27,6 +27,7 @@ from sb3_dreamer_gpld.learner import Draws
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.pace import updates_per_step
 from sb3_dreamer_gpld.parallel import Processes
+from sb3_dreamer_gpld.policies import DreamerPolicy
 
 
 def batches_of(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, Draws]]:
@@ -587,9 +588,17 @@ def test_attributes_of_wrong_values_are_refused_before_the_first_step(name: str,
     assert model.num_timesteps == 10
 
 
+class Planning(DreamerPolicy):
+    """Plans, whether the algorithm asks for it or not."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        planner = dict(samples=8, policy_samples=2, elites=2, iterations=1)
+        super().__init__(*args, **{**kwargs, "planner": planner})
+
+
 def test_a_planner_of_the_policy_stays() -> None:
     """The argument has not changed, whatever the policy made of it."""
-    model = tiny(RandomSpaces(BOX, BOX), policy_kwargs=dict(planner=dict(samples=8, policy_samples=2, elites=2, iterations=1)))
+    model = tiny(RandomSpaces(BOX, BOX), Planning)
     model.learn(5)
     assert model.policy.planner is not None and model.planner is None
 

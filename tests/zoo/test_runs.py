@@ -398,7 +398,7 @@ def test_evaluations_are_saved_with_the_run_for_when_their_file_is_spoilt(tmp_pa
     again = evaluation()
     restore_evaluations(again, 50, tmp_path / "run_50_steps_evaluations.npz")
     assert again.evaluations_timesteps == []
-    tiny(RandomSpaces(BOX, BOX)).learn(10).save_run(tmp_path)
+    tiny(RandomSpaces(BOX, BOX)).learn(60).save_run(tmp_path)
     assert not list(tmp_path.glob("run_50*"))
 
 
