@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
@@ -183,12 +183,13 @@ def check_kinds(algorithm: DreamerGPLD) -> None:
         raise ValueError("env must be an environment, a vectorised one, or the id of one, not None")
     for name in ("policy_kwargs", "replay_buffer_kwargs"):
         value = getattr(algorithm, name)
-        if value is not None and not isinstance(value, dict):
+        if value is not None and not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict of arguments, not {value!r}")
+    kwargs = algorithm.policy_kwargs or {}
     for name, instead in _NOT_IN_POLICY_KWARGS.items():
-        if name in algorithm.policy_kwargs:
+        if name in kwargs:
             raise TypeError(f"policy_kwargs entry {name!r} is not allowed: {instead}")
-    optimizer = algorithm.policy_kwargs.get("optimizer_class", th.optim.Optimizer)
+    optimizer = kwargs.get("optimizer_class", th.optim.Optimizer)
     if not callable(optimizer):
         raise TypeError(f"policy_kwargs entry 'optimizer_class' must be a class such as torch.optim.Adam, not {optimizer!r}")
     if not callable(algorithm.learning_rate):

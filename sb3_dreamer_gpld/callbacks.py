@@ -42,8 +42,8 @@ class SaveRunCallback(BaseCallback):
         model.learn(steps - model.num_timesteps, callback=callback, reset_num_timesteps=False)
 
     It saves when an episode has ended in all environments, from where a run goes on exactly, or ``every`` steps later than it
-    wanted to; and when ``learn`` has made all its steps. The files of the time before are removed when the new ones are
-    complete. Of several processes each saves its share.
+    wanted to; and when ``learn`` has made all its steps, or a callback has stopped it. The files of before are removed
+    when the new ones are complete. Of several processes each saves its share.
 
     :param folder: of the run, which is made if it is not there
     :param every: environment steps
@@ -75,7 +75,7 @@ class SaveRunCallback(BaseCallback):
         """Of a run that was interrupted nothing is saved: rl_zoo3 calls this then, too, in one process."""
         model = self.model
         assert isinstance(model, ResumableAlgorithm)
-        if model._total_timesteps <= model.num_timesteps != self._known:
+        if (model._was_stopped or model._total_timesteps <= model.num_timesteps) and model.num_timesteps != self._known:
             self._save(model)
 
     def _on_rollout_start(self) -> None:

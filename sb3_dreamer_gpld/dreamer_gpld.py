@@ -286,6 +286,7 @@ class DreamerGPLD(ResumableAlgorithm):
         self._scheduled_for: Any = None  # the learning_rate that lr_schedule was made of
         self.update_ratio = UpdateRatio()
         self._left_at: bytes | None = None  # where the last learn() left the environments
+        self._was_stopped = False  # by a callback
         self._steps_without_credit = 0  # stored by a collection that goes on, of this process
         # By a VecNormalize when it learned last: keys of observations, and whether rewards were
         self._normalized: tuple[str, ...] = ()
@@ -585,9 +586,9 @@ class DreamerGPLD(ResumableAlgorithm):
         self._seed_environments_anew(not reset_num_timesteps)
         if not self._custom_logger and "_logger" in self.__dict__ and self._logger not in _HANDED_ON:
             self._logger.close()  # SB3 makes another one, and would leave this one's file and thread open
-        if self._left_at is not None and self.env is not None and self._left_at != whereabouts(self.env):
-            self._last_obs = None  # somebody else has moved the environments: their episodes begin anew
+        self._was_stopped = False
         with naming_environments(self), self._first_observations():
+            self._begin_anew_if_moved()
             begins = reset_num_timesteps or self.num_timesteps == 0  # SB3 would go on with the logs of another run
             total_timesteps, callback = self._setup_learn(total_timesteps, callback, begins, tb_log_name, progress_bar)
         self.num_frames = 0 if reset_num_timesteps else self.num_frames
@@ -604,6 +605,20 @@ class DreamerGPLD(ResumableAlgorithm):
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
+        try:
+            self._collect_and_update(total_timesteps, callback, log_interval)
+        finally:
+            with contextlib.suppress(Exception):  # of environments that are broken; whatever ended the run is raised
+                self._left_at = None if self._last_obs is None else whereabouts(self.env)
+        callback.on_training_end()
+        if reset_num_timesteps and not warned and self.num_timesteps >= total_timesteps:
+            warn_without_updates(self)
+        self._all_go_on(True)  # the others save what the callbacks have saved
+        return self
+
+    def _collect_and_update(self, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
+        """The loop of :meth:`learn`, until the steps are made or a callback stops it."""
+        assert self.env is not None and isinstance(self.train_freq, TrainFreq)
         pace = Pace(total_timesteps)
         while self.num_timesteps < total_timesteps:
             with naming_environments(self), self._beginning_anew_after_errors():
@@ -621,6 +636,7 @@ class DreamerGPLD(ResumableAlgorithm):
                 if not rollout.continue_training:
                     self._keep_last_step(callback)
                 self._keep_due_updates(rollout.episode_timesteps)
+                self._was_stopped = True
                 break
             updates = self._due_updates(rollout.episode_timesteps)
             if self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # whose length is now known
@@ -630,12 +646,14 @@ class DreamerGPLD(ResumableAlgorithm):
                 self.train(gradient_steps=updates, batch_size=self.batch_size)
                 self._update_seconds += time.perf_counter() - start
                 tell(pace.after(updates, self.num_timesteps), callback, self.verbose)
-        callback.on_training_end()
-        if reset_num_timesteps and not warned and self.num_timesteps >= total_timesteps:
-            warn_without_updates(self)
-        self._all_go_on(True)  # the others save what the callbacks have saved
-        self._left_at = whereabouts(self.env)
-        return self
+
+    def _begin_anew_if_moved(self) -> None:
+        """Have episodes begin anew if somebody else has moved the environments since the last :meth:`learn`."""
+        left_at, self._left_at = self._left_at, None
+        if left_at is not None and self.env is not None and self._last_obs is not None and left_at != whereabouts(self.env):
+            self._last_obs = None
+            if self._exploration is not None:
+                self._exploration.reset()
 
     @contextlib.contextmanager
     def _beginning_anew_after_errors(self) -> Iterator[None]:
@@ -843,6 +861,7 @@ class DreamerGPLD(ResumableAlgorithm):
         own = [
             "_state",
             "_left_at",
+            "_was_stopped",
             "_latents",
             "_exploration",
             "_explored_with",

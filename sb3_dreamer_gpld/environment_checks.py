@@ -113,14 +113,18 @@ def whereabouts(env: VecEnv) -> bytes | None:
     """Where environments are, to tell whether somebody else has moved them, as an evaluation does.
 
     :param env: a vectorised environment, wrapped or not
-    :return: a digest: of a DummyVecEnv's last observations, else of the steps that Monitors have counted; None: nothing tells
+    :return: a digest of the last observations of a DummyVecEnv, and of the steps that Monitors have counted, if all have one;
+        None: neither is there
     """
-    unwrapped = env.unwrapped
+    unwrapped, parts = env.unwrapped, []
     if isinstance(unwrapped, DummyVecEnv):
-        return b"".join(values.tobytes() for values in unwrapped.buf_obs.values())
-    if isinstance(unwrapped, SubprocVecEnv) and not unwrapped.closed and all(unwrapped.env_is_wrapped(Monitor)):
-        return np.array(unwrapped.env_method("get_total_steps")).tobytes()
-    return None
+        parts += [values.tobytes() for values in unwrapped.buf_obs.values()]
+    elif not isinstance(unwrapped, SubprocVecEnv) or unwrapped.closed:
+        return None
+    if all(unwrapped.env_is_wrapped(Monitor)):
+        steps, rewards = unwrapped.env_method("get_total_steps"), unwrapped.get_attr("rewards")  # of the present episode
+        parts.append(repr([steps, [len(each) for each in rewards]]).encode())
+    return b"".join(parts) if parts else None
 
 
 def check_finite(

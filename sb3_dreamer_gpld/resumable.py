@@ -100,6 +100,9 @@ def check_room(folder: Path, steps: int, processes: Processes) -> None:
     :raises ValueError: a run is saved there that has made more steps
     """
     newest = _newest_run(folder, processes, partial_is_error=False)
+    if newest is None:  # one of another number of processes may be there
+        whole = [file for file in _saved_runs(folder) if file.with_suffix(".pkl").is_file()]
+        newest = processes.told_by_first(max(whole, key=_steps_of_run, default=None))
     if newest is not None and _steps_of_run(newest) > steps:
         raise ValueError(
             f"{folder} holds a run of {_steps_of_run(newest)} steps, {newest.name}, and this one is at {steps}: it would be "
@@ -125,6 +128,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     replay_buffer: SequenceReplayBuffer | None
     model_size: str | None
     actor_learning_rate: Any
+    _was_stopped: bool  # by a callback, in the last learn()
     processes: Processes = ALONE  # that learn together, of which the first one saves the model, and all save what is their own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_dreamer_gpld import DreamerGPLD
 from sb3_dreamer_gpld.buffers import SequenceReplayBuffer
+from sb3_dreamer_gpld.exploration import episodes_of
 
 TINY: dict[str, Any] = dict(
     model_size="debug",
@@ -185,7 +186,7 @@ def test_cuts_start_a_new_episode() -> None:
     assert buffer.dones[4, 0] == 1 and buffer.timeouts[4, 0] == 1
 
 
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("moved", ["evaluated", "reset", ""])
 @pytest.mark.parametrize(
     "make",
     [
@@ -195,19 +196,43 @@ def test_cuts_start_a_new_episode() -> None:
     ],
     ids=["dummy", "normalized", "subproc"],
 )
-def test_environments_that_were_moved_begin_anew(make: Callable[[Any], VecEnv], moved: bool) -> None:
-    """Between two calls of learn, by an evaluation: the episode that stood open is cut there."""
+def test_environments_that_were_moved_begin_anew(make: Callable[[Any], VecEnv], moved: str) -> None:
+    """Between two calls of learn: the episode that stood open is cut there."""
     env = make(lambda: Monitor(RandomSpaces(BOX, BOX)))
-    model = tiny(env, "MlpPolicy", learning_starts=1000)
+    model = tiny(env, "MlpPolicy", learning_starts=1000, exploration_noise=0.1)
     model.learn(14)
-    if moved:
+    if moved == "evaluated":
         evaluate_policy(model, env, n_eval_episodes=1)
+    elif moved:
+        env.reset()
     model.learn(3, reset_num_timesteps=False)
     env.close()
     buffer = model.replay_buffer
     assert buffer is not None
     assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, 11, *([16] if moved else [])]
     assert (buffer.dones[15, 0], buffer.timeouts[15, 0]) == ((1, 1) if moved else (0, 0))
+    assert episodes_of(model._exploration) == [2 if moved else 1]
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_environments_that_were_moved_after_an_interrupted_update(moved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves an episode to go on, but for those that somebody else has moved."""
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = tiny(RandomSpaces(BOX, BOX), learning_starts=12).learn(12)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DreamerGPLD, "train", interrupted)
+        model.learn(10, reset_num_timesteps=False)
+    steps = model.num_timesteps
+    assert 10 < steps < 20
+    if moved:
+        evaluate_policy(model, model.get_env(), n_eval_episodes=1)
+    model.learn(1, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, 11, *([steps + 2] if moved else [])]
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

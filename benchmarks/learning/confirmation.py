@@ -67,8 +67,7 @@ def published_dreamer(published: dict[str, Any], task: str) -> tuple[int, str]:
     """DreamerV3's return at the last frames by its authors, or by others where these have not run the task: the mean, and the
     mean with the least and the most of the seeds."""
     if task not in published["dreamer"]:
-        mean = published["dreamer_by_others"][task]
-        return mean, f"– ({mean})"
+        return published["dreamer_by_others"][task], "–"
     mean, least, most = published["dreamer"][task][-1]
     return mean, f"{mean} ({least} to {most})" if most else str(mean)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,9 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
             ) from error
         assert isinstance(env, DummyVecEnv)
         repeat, frames = repeats(env.envs[0]), model.num_frames / max(1, model.num_timesteps)
-        if model.num_frames and not frames <= repeat < 2 * frames:  # the last action of an episode may be cut short
+        # The last action of an episode may be cut short, which does not matter where episodes are long
+        long = model.num_timesteps > 2 * repeat * (model._episode_num + model.n_envs)
+        if model.num_frames and (frames > repeat or (long and math.ceil(frames) != repeat)):
             wrapped.close()
             raise ValueError(
                 f"--{name} {files[name]} was trained with {frames:.3g} frames for each of its steps, and {options.env} makes "

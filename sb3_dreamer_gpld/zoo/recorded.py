@@ -13,13 +13,17 @@ FINISHED = "finished.txt"  # in the folder of a run that has come to its end
 
 
 class _Plain(yaml.SafeLoader):
-    """Reads an OrderedDict as a dict; other Python objects in it are None, and no code is run."""
+    """Reads an OrderedDict as a dict, and a tuple; of other Python objects what they are called, and no code is run."""
 
     def ordered_dict(self, node: yaml.SequenceNode) -> dict[str, Any]:
         return dict(self.construct_sequence(node, deep=True)[0])
 
+    def as_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
+        return tuple(self.construct_sequence(node, deep=True))
 
-_Plain.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+_Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.as_tuple)
 _Plain.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _Plain.ordered_dict)
 
 

@@ -165,6 +165,7 @@ class Experiment(ExperimentManager):
         self.total = self.n_timesteps
         self.n_timesteps -= self.done
         if self.done and self.n_timesteps <= 0:
+            self.ended = True  # though it may have been killed before it said so
             return print(f"Nothing to do: the run has made its {self.done} steps")
         learn: Any = DreamerGPLD.learn
         settings: dict[str, Any] = {"reset_num_timesteps": False} if self.done else {}

@@ -131,7 +131,11 @@ def test_runs_of_different_settings_are_told_apart(folder: Path, capsys: pytest.
         ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - a/b.yml\n", {"conf_file": "a/b.yml"}),
         ("!!python/object/apply:collections.OrderedDict\n- - - conf_file\n    - null\n", {"conf_file": None}),
         ("!!python/object/apply:os.mkdir [ran]\n", {}),
-        ("!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n", {"x": None}),
+        (
+            "!!python/object/apply:collections.OrderedDict\n- - - x\n    - !!python/object/apply:os.mkdir [ran]\n",
+            {"x": "object/apply:os.mkdir"},
+        ),
+        ("train_freq: !!python/tuple [4, step]\n", {"train_freq": (4, "step")}),
     ],
 )
 def test_recorded_arguments_run_no_code(folder: Path, text: str, expected: dict[str, Any]) -> None:

@@ -579,9 +579,7 @@ def test_a_folder_keeps_the_run_that_it_has(config: Path, tmp_path: Path, monkey
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
 
 
-def test_a_run_that_a_callback_stops_has_come_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_a_callback_stops_has_come_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is interrupted has not."""
     write_entry(tmp_path / "settings.yml", callback=[{"test_runs.Stop": {"at": 12}}])
     monkeypatch.setattr(Stop, "interrupted", True)
@@ -592,6 +590,16 @@ def test_a_run_that_a_callback_stops_has_come_to_its_end(
     assert (tmp_path / "run" / "finished.txt").read_text() == "12, stopped by a callback\n"
     with pytest.raises(SystemExit, match="the run there was stopped by a callback after 12 steps, and nothing was saved"):
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
+    words = "--env", "Pendulum-v1", "-n", "20", "--save-run", "100", "--run-folder", "saved"
+    begin(tmp_path, monkeypatch, *words)
+    assert steps_saved(tmp_path / "saved") == 12
+    monkeypatch.setattr(Stop, "over", True)
+    begin(tmp_path, monkeypatch, *words)  # goes on
+    finished = tmp_path / "saved" / "finished.txt"
+    assert steps_saved(tmp_path / "saved") == 20 and finished.read_text() == "20\n"
+    finished.unlink()  # it was killed before it wrote this
+    begin(tmp_path, monkeypatch, *words)
+    assert finished.read_text() == "20\n"
 
 
 class Stop(BaseCallback):
@@ -600,14 +608,14 @@ class Stop(BaseCallback):
     :param at: step
     """
 
-    interrupted = False
+    interrupted = over = False
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at = at
 
     def _on_step(self) -> bool:
-        if self.num_timesteps < self.at:
+        if self.num_timesteps < self.at or self.over:
             return True
         if self.interrupted:
             raise KeyboardInterrupt
