@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from scipy import stats
 
 from benchmarks.evidence import coverage, measuring, page, protocol, running, scores
 from benchmarks.evidence.measuring import EPISODES_OF, MEASURES
-from benchmarks.evidence.protocol import ARMS, FRAMES, NONE, SEEDS, TASKS
+from benchmarks.evidence.protocol import ARMS, FRAMES, GROUPS, NONE, PENALTIES, SEEDS, TASKS
+from benchmarks.evidence.scores import AREA, LARGEST_RETURN, LAST, STYLE, scores_of
 from benchmarks.learning import ladder
 from benchmarks.learning.ladder import Job
 from benchmarks.results import read_csv, write_csv
 from sb3_dreamer_gpld import preset
-from sb3_dreamer_gpld.zoo.plot import Style, interquartile_mean
+from sb3_dreamer_gpld.zoo.plot import Style, interquartile_mean, interval, mean
 
 BOTH = "penalty-both"
 
@@ -33,7 +35,7 @@ def test_the_figure_and_the_text_are_those_of_the_results() -> None:
     """What is written by hand names the blocks and seeds that it is about; the figure has a digest of its numbers."""
     found = protocol.complete()
     done = sum(all(job.finished for job in jobs) for jobs in protocol.every_block())
-    known = page.PAGE.read_text(encoding="utf-8").split("## What is known so far\n")[1].split("\n## ")[0]
+    known = page.PAGE.read_text(encoding="utf-8").split("## The answer\n")[1].split("\n## ")[0]
     words = ["no", "one", "two", "three", "four"][len(found.seeds)]
     assert f"{done} of 24 blocks, {words} seed" in known
     readme = (page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
@@ -41,6 +43,41 @@ def test_the_figure_and_the_text_are_those_of_the_results() -> None:
     image = pytest.importorskip("PIL.Image")
     with image.open(page.FIGURE) as figure:
         assert figure.info["Description"] == page.drawn_from(found)
+
+
+def test_the_numbers_of_the_text_are_those_of_the_results() -> None:
+    """Of the published penalty, on the page and in README; the tables have all others."""
+    found = protocol.complete()
+    arm, hard = PENALTIES[0], GROUPS["hard locomotion"]
+
+    def told(statistic: Any, score: scores.Score, tasks: Any, with_none: bool = False, digits: int = 0) -> str:
+        one, none = (LARGEST_RETURN * scores_of(name, score, tasks, found.seeds) for name in (arm, NONE))
+        values = np.concatenate([one, none], -1) if with_none else one - none
+        middle, (low, high) = statistic(values)[0], interval(values, statistic, STYLE)[:, 0]
+        return f"{abs(middle):.{digits}f}", f"({low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
+
+    text, readme = (
+        re.sub(r"\s+", " ", path.read_text(encoding="utf-8")) for path in (page.PAGE, page.PAGE.parents[1] / "README.md")
+    )
+    none = f"{LARGEST_RETURN * scores_of(NONE, AREA, TASKS, found.seeds).mean():.0f}"
+    points, reach = told(mean, AREA, TASKS)
+    share, shares = told(scores.relative, AREA, TASKS, with_none=True)
+    assert f"The score that decides** is {points} points of {none}, {share} % {shares})" in text
+    assert f"ahead of none by {points} points of {none} over whole runs {reach}, an interval" in readme
+    points, reach = told(mean, AREA, hard)
+    one, other = (LARGEST_RETURN * scores_of(name, AREA, hard, found.seeds) for name in (arm, NONE))
+    low, high = scores.students_interval(one - other)
+    student = f"{low:.0f} to {high:.0f}".replace("-", "−")
+    assert f"behind by {points} points" in text and f"{reach}; by Student's t {student})" in text
+    assert f"behind by {points} {reach}) on the four of locomotion" in readme
+    points, reach = told(mean, LAST, TASKS)
+    assert f"in the last tenth by {points} points {reach})" in text
+    points, reach = told(mean, scores.EVALUATED, TASKS)
+    assert f"most probable actions by {points} {reach})" in text
+    with_it, without = (measuring.measured(name, *found, tuple(ARMS)) for name in (arm, NONE))
+    jacobians, transitions = (scores.ratios(with_it[key], without[key]) for key in ("posterior_jacobian", "transition_ratio"))
+    assert f"({min(jacobians):.2f} to {max(jacobians):.2f} of that without, task by task)" in text
+    assert f"mean sensitivity of imagined transitions falls by {100 * (1 - stats.gmean(transitions)):.0f} %" in readme
 
 
 def test_the_arms_differ_in_the_penalty_alone() -> None:
