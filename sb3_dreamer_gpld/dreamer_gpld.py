@@ -605,6 +605,7 @@ class DreamerGPLD(ResumableAlgorithm):
         check_finite(self.num_timesteps, self._last_obs)
         self._resume(reset_num_timesteps)
         warned = reset_num_timesteps and warn_before_updates(self, total_timesteps)  # one that goes on may be in short pieces
+        self._left_at = None
         try:
             self._collect_and_update(total_timesteps, callback, log_interval)
         finally:
@@ -649,8 +650,9 @@ class DreamerGPLD(ResumableAlgorithm):
 
     def _begin_anew_if_moved(self) -> None:
         """Have episodes begin anew if somebody else has moved the environments since the last :meth:`learn`."""
-        left_at, self._left_at = self._left_at, None
-        if left_at is not None and self.env is not None and self._last_obs is not None and left_at != whereabouts(self.env):
+        if self._left_at is None or self.env is None or self._last_obs is None:
+            return
+        if self._left_at != whereabouts(self.env):
             self._last_obs = None
             if self._exploration is not None:
                 self._exploration.reset()

@@ -613,6 +613,25 @@ def test_wrong_input_is_named_before_anything_is_written(args: str, message: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("repeat", "frames", "steps", "episodes", "can"),
+    [
+        (1, 1000, 1000, 10, True),
+        (2, 1000, 1000, 10, False),
+        (1, 1500, 1000, 10, False),
+        (3, 2990, 1000, 10, True),  # each last action was applied twice
+        (4, 2990, 1000, 10, False),
+        (2, 2990, 1000, 10, False),
+        (10, 30, 10, 10, True),  # episodes of three frames
+        (2, 0, 1000, 10, True),  # not counted
+    ],
+)
+def test_how_often_actions_were_repeated(repeat: int, frames: int, steps: int, episodes: int, can: bool) -> None:
+    from sb3_dreamer_gpld.zoo.diagnose import can_have_repeated
+
+    assert can_have_repeated(repeat, frames, steps, episodes) == can
+
+
 def test_an_environment_that_cannot_be_made(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As PixelObservation where there is no OpenGL."""
 

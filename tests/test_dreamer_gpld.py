@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -209,9 +210,31 @@ def test_environments_that_were_moved_begin_anew(make: Callable[[Any], VecEnv], 
     env.close()
     buffer = model.replay_buffer
     assert buffer is not None
+    if moved == "reset" and isinstance(env, SubprocVecEnv):
+        moved = ""  # which Monitors do not count
     assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, 11, *([16] if moved else [])]
     assert (buffer.dones[15, 0], buffer.timeouts[15, 0]) == ((1, 1) if moved else (0, 0))
     assert episodes_of(model._exploration) == [2 if moved else 1]
+
+
+def test_a_run_that_fails_at_its_start_does_not_lose_sight_of_the_environments() -> None:
+    class Refusing(BaseCallback):
+        def _on_training_start(self) -> None:
+            raise OSError("no room")
+
+        def _on_step(self) -> bool:
+            return True
+
+    model = tiny(RandomSpaces(BOX, BOX), learning_starts=1000).learn(14)
+    with pytest.raises(OSError, match="no room"):
+        model.learn(3, Refusing(), reset_num_timesteps=False)
+    env = model.get_env()
+    assert env is not None
+    env.reset()
+    model.learn(3, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    assert np.flatnonzero(buffer.is_first[:, 0]).tolist() == [0, 11, 16]
 
 
 @pytest.mark.parametrize("moved", [True, False])
@@ -549,6 +572,7 @@ def test_wrong_policies_and_spaces() -> None:
 
     with pytest.raises(ValueError, match="SequenceReplayBuffer"):
         tiny("Pendulum-v1", replay_buffer_class=ReplayBuffer)
+    assert tiny("Pendulum-v1", policy_kwargs=MappingProxyType(dict(units=8))).policy.config.units == 8  # as of OmegaConf
 
 
 class Faulty(RandomSpaces):

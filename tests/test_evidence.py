@@ -46,34 +46,46 @@ def test_the_figure_and_the_text_are_those_of_the_results() -> None:
 
 
 def test_the_numbers_of_the_text_are_those_of_the_results() -> None:
-    """Of the published penalty, on the page and in README; the tables have all others."""
+    """Those that decide, on the page and in README."""
     found = protocol.complete()
     arm, hard = PENALTIES[0], GROUPS["hard locomotion"]
 
-    def told(statistic: Any, score: scores.Score, tasks: Any, with_none: bool = False, digits: int = 0) -> str:
-        one, none = (LARGEST_RETURN * scores_of(name, score, tasks, found.seeds) for name in (arm, NONE))
-        values = np.concatenate([one, none], -1) if with_none else one - none
-        middle, (low, high) = statistic(values)[0], interval(values, statistic, STYLE)[:, 0]
-        return f"{abs(middle):.{digits}f}", f"({low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
+    def of(name: str, score: scores.Score, tasks: Any) -> np.ndarray:
+        return LARGEST_RETURN * scores_of(name, score, tasks, found.seeds)
+
+    def bounds(pair: Any) -> str:
+        return " to ".join(f"{float(x):.0f}" for x in np.ravel(pair)).replace("-", "−")
+
+    def told(score: scores.Score, tasks: Any) -> tuple[str, str, str]:
+        """Ahead or behind by how much; the bootstrap's interval; Student's."""
+        differences = of(arm, score, tasks) - of(NONE, score, tasks)
+        middle = mean(differences)[0]
+        side = "ahead" if middle > 0 else "behind"
+        return (
+            f"{side} by {abs(middle):.0f}",
+            bounds(interval(differences, mean, STYLE)),
+            bounds(scores.students_interval(differences)),
+        )
 
     text, readme = (
         re.sub(r"\s+", " ", path.read_text(encoding="utf-8")) for path in (page.PAGE, page.PAGE.parents[1] / "README.md")
     )
-    none = f"{LARGEST_RETURN * scores_of(NONE, AREA, TASKS, found.seeds).mean():.0f}"
-    points, reach = told(mean, AREA, TASKS)
-    share, shares = told(scores.relative, AREA, TASKS, with_none=True)
-    assert f"The score that decides** is {points} points of {none}, {share} % {shares})" in text
-    assert f"ahead of none by {points} points of {none} over whole runs {reach}, an interval" in readme
-    points, reach = told(mean, AREA, hard)
-    one, other = (LARGEST_RETURN * scores_of(name, AREA, hard, found.seeds) for name in (arm, NONE))
-    low, high = scores.students_interval(one - other)
-    student = f"{low:.0f} to {high:.0f}".replace("-", "−")
-    assert f"behind by {points} points" in text and f"{reach}; by Student's t {student})" in text
-    assert f"behind by {points} {reach}) on the four of locomotion" in readme
-    points, reach = told(mean, LAST, TASKS)
-    assert f"in the last tenth by {points} points {reach})" in text
-    points, reach = told(mean, scores.EVALUATED, TASKS)
-    assert f"most probable actions by {points} {reach})" in text
+    none = f"{of(NONE, AREA, TASKS).mean():.0f}"
+    pairs = np.concatenate([of(arm, AREA, TASKS), of(NONE, AREA, TASKS)], -1)
+    share = f"{scores.relative(pairs)[0]:.0f} % ({bounds(interval(pairs, scores.relative, STYLE))})"
+    side, boot, student = told(AREA, TASKS)
+    points = side.removeprefix("ahead by ")
+    assert f"The score that decides** is {points} points of {none}, {share}" in text
+    low, high = student.split(" to ")
+    assert f"anything from a loss of {low.removeprefix('−')} to a gain of {high} points remains possible" in text
+    assert f"none by {points} points of {none} over whole runs ({student} by Student's t)" in readme
+    side, boot, student = told(AREA, hard)
+    assert f"{side} points over whole runs." in text and f"({boot}; by Student's t {student})" in text
+    assert f"{side} ({student}) on the four of locomotion" in readme
+    side, boot, student = told(LAST, hard)
+    assert f"in the last tenth by {side.removeprefix('behind by ')} points ({boot}; by Student's t {student})" in text
+    side, boot, student = told(scores.EVALUATED, hard)
+    assert f"most probable actions by {side.removeprefix('behind by ')} ({boot}; {student})" in text
     with_it, without = (measuring.measured(name, *found, tuple(ARMS)) for name in (arm, NONE))
     jacobians, transitions = (scores.ratios(with_it[key], without[key]) for key in ("posterior_jacobian", "transition_ratio"))
     assert f"({min(jacobians):.2f} to {max(jacobians):.2f} of that without, task by task)" in text
@@ -207,15 +219,10 @@ def test_tables(results: Path) -> None:
     assert returns[1].count("| 0.100 [0.100, 0.100] |") == 1 and "| 31.2 [" in returns[1]  # 2 · 100 more than 2 · 320.5
     assert "| hard locomotion | last tenth | both | 0.321 [" in returns[3] and "| others | last tenth | both |" in returns[5]
     answer = [line.split(" | ") for line in page.answer_table(found)]
-    assert [line[0] for line in answer[2:6]] == [
-        "| **whole runs, all tasks**",
-        "| the same, Student's t",
-        "| whole runs, hard locomotion",
-        "| whole runs, others",
-    ]
-    assert answer[2][1:] == ["+0 [+0, +0]", "+0 [+0, +0]", "+10 [+10, +10] |"] and answer[3][3] == "[+10, +10] |"
-    assert answer[6][0] == "| last tenth, all tasks" and answer[6][3] == "+100 [+100, +100] |"
-    assert answer[7][0] == "| evaluated, most probable actions, all tasks" and answer[7][3] == "+0 [+0, +0] |"
+    assert answer[2] == ["| **whole runs, all tasks**", *2 * ["+0 [+0, +0] / [+0, +0]"], "+10 [+10, +10] / [+10, +10] |"]
+    assert answer[6][0] == "| last tenth, hard locomotion" and answer[6][3] == "+100 [+100, +100] / [+100, +100] |"
+    assert answer[7][0] == "| evaluated at the end, all tasks" and answer[7][3] == "+0 [+0, +0] / [+0, +0] |"
+    assert len(answer) == 9
     tasks = list(page.tasks_table(found))
     assert tasks[0] == "| score | penalty on | walker-walk | reacher-hard |"
     assert tasks[5] == "| last tenth | both | 320 (320, 321) | 520 (520, 521) |"
@@ -237,7 +244,7 @@ def test_one_seed_has_no_interval(results: Path) -> None:
     lines = [line for line in page.returns_table(one) if "| all | last tenth | both |" in line]
     assert lines == ["| all | last tenth | both | 0.420 | 0.100 | 0.100 | 31.2 | 1.00 |"]
     lines = list(page.answer_table(one))
-    assert len(lines) == 7 and lines[5].endswith("| +100 |")
+    assert len(lines) == 9 and lines[5].endswith("| +100 |")
 
 
 def test_the_page_says_what_is_left_out(results: Path) -> None:
@@ -245,7 +252,7 @@ def test_the_page_says_what_is_left_out(results: Path) -> None:
     write_run(Job("penalty-prior-5", "hopper-hop", SEEDS[0], FRAMES), np.zeros(40), 1.0)
     blocks, tables, left, unmeasured = page.finished_table(protocol.complete())
     assert blocks == "**4 of 24 blocks are finished**; the question is decided once, when all are."
-    assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard; one seed has no interval."
+    assert tables == "The tables have seeds 20, 21 of walker-walk, reacher-hard."
     assert left.endswith(f"finished on all tasks: none, hopper-hop, {SEEDS[0]}; prior 5, hopper-hop, {SEEDS[0]}.")
     assert unmeasured.endswith(f"not measured: none, hopper-hop, {SEEDS[0]}; none, walker-walk, {SEEDS[1]}.")
     assert len(list(page.finished_table(protocol.Seeds((), ())))) == 3

@@ -101,10 +101,12 @@ def finished_table(found: Seeds) -> Iterator[str]:
         shown += complete(other_weights(arm)).jobs(other_weights(arm))
     began = [job for jobs in every for job in jobs if read_csv(job.file)]
     unmeasured = [job for job in began if job.finished and not is_measured(job)]
-    yield f"**{len(done)} of {len(blocks)} blocks are finished**; the question is decided once, when all are."
+    waits = "" if len(done) == len(blocks) else "; the question is decided once, when all are"
+    yield f"**{len(done)} of {len(blocks)} blocks are finished**{waits}."
     if found.seeds:
         seeds = ", ".join(map(str, found.seeds))
-        yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}; one seed has no interval."
+        alone = "" if len(found.seeds) > 1 else "; one seed has no interval"
+        yield f"The tables have seeds {seeds} of {', '.join(found.tasks)}{alone}."
     left_out = named(job for job in began if job not in shown)
     yield f"Runs that are not in the means, which a seed enters when it is finished on all tasks: {left_out}."
     yield f"Finished runs whose model was not measured: {named(unmeasured)}."
@@ -137,27 +139,30 @@ COMPARED = (
 
 
 def answer_table(found: Seeds) -> Iterator[str]:
-    """Mean differences from no penalty in points of return, all scores on one screen; the first row decides."""
+    """Mean differences from no penalty in points of return, with both intervals; the first row decides."""
     yield from header("points more than without", *(f"penalty on: {ARMS[arm]}" for arm in PENALTIES))
-    groups = {name: tuple(task for task in tasks if task in found.tasks) for name, tasks in GROUPS.items()}
-    rows = [("**whole runs, all tasks**", AREA, found.tasks, estimated_points)]
-    rows += [("the same, Student's t", AREA, found.tasks, students_points)] if len(found.seeds) > 1 else []
-    rows += [(f"whole runs, {name}", AREA, tasks, estimated_points) for name, tasks in groups.items() if tasks]
-    rows += [(f"{score.title}, all tasks", score, found.tasks, estimated_points) for score in (LAST, EVALUATED)]
-    for title, score, tasks, points in rows:
-        of = {arm: LARGEST_RETURN * scores_of(arm, score, tasks, found.seeds) for arm in ARMS}  # (seeds, tasks, 1) each
-        yield f"| {title} | {' | '.join(points(of[arm] - of[NONE]) for arm in PENALTIES)} |"
+    hard, others = (tuple(task for task in tasks if task in found.tasks) for tasks in GROUPS.values())
+    for title, score, tasks in (
+        ("**whole runs, all tasks**", AREA, found.tasks),
+        ("whole runs, hard locomotion", AREA, hard),
+        ("whole runs, others", AREA, others),
+        ("last tenth, all tasks", LAST, found.tasks),
+        ("last tenth, hard locomotion", LAST, hard),
+        ("evaluated at the end, all tasks", EVALUATED, found.tasks),
+        ("evaluated at the end, hard locomotion", EVALUATED, hard),
+    ):
+        if tasks:
+            of = {arm: LARGEST_RETURN * scores_of(arm, score, tasks, found.seeds) for arm in ARMS}  # (seeds, tasks, 1) each
+            yield f"| {title} | {' | '.join(points(of[arm] - of[NONE]) for arm in PENALTIES)} |"
 
 
-def estimated_points(differences: np.ndarray) -> str:
-    """The mean of differences (seeds, tasks, 1) with its interval."""
-    return estimate(differences, mean, 0, "+")
-
-
-def students_points(differences: np.ndarray) -> str:
-    """Their interval by Student's t."""
+def points(differences: np.ndarray) -> str:
+    """The mean of differences (seeds, tasks, 1) with its interval by the bootstrap and by Student's t."""
+    text = estimate(differences, mean, 0, "+")
+    if len(differences) < 2:
+        return text
     low, high = students_interval(differences)
-    return f"[{low:+.0f}, {high:+.0f}]"
+    return f"{text} / [{low:+.0f}, {high:+.0f}]"
 
 
 def returns_table(found: Seeds) -> Iterator[str]:

@@ -137,17 +137,28 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
                 "If wrappers or env_kwargs make the difference, name the hyperparameter file with -conf"
             ) from error
         assert isinstance(env, DummyVecEnv)
-        repeat, frames = repeats(env.envs[0]), model.num_frames / max(1, model.num_timesteps)
-        # The last action of an episode may be cut short, which does not matter where episodes are long
-        long = model.num_timesteps > 2 * repeat * (model._episode_num + model.n_envs)
-        if model.num_frames and (frames > repeat or (long and math.ceil(frames) != repeat)):
+        repeat, episodes = repeats(env.envs[0]), model._episode_num + model.n_envs
+        if not can_have_repeated(repeat, model.num_frames, model.num_timesteps, episodes):
             wrapped.close()
+            frames = model.num_frames / model.num_timesteps
             raise ValueError(
                 f"--{name} {files[name]} was trained with {frames:.3g} frames for each of its steps, and {options.env} makes "
                 f"{repeat}: actions are not repeated as often. Name the hyperparameter file with -conf, or the environment's "
                 "arguments with --env-kwargs"
             )
     return Setup(models, wrapped)
+
+
+def can_have_repeated(repeat: int, frames: int, steps: int, episodes: int) -> bool:
+    """Whether a model can have learned where actions are applied ``repeat`` times.
+
+    :param frames, steps, episodes: that it has made; 0 frames: they were not counted. The last action of an episode may have been
+        cut short, so that where episodes are short nothing tells
+    """
+    if frames == 0:
+        return True
+    long = steps > 2 * repeat * episodes
+    return frames <= repeat * steps and (not long or math.ceil(frames / steps) == repeat)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

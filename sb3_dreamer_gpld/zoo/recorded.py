@@ -59,6 +59,11 @@ class Finished(NamedTuple):
         steps, _, how = file.read_text(encoding="utf-8").partition(",")
         return cls(int(steps), bool(how))
 
+    @staticmethod
+    def forget(run: Path) -> None:
+        """A run goes on that had come to its end."""
+        (run / FINISHED).unlink(missing_ok=True)
+
     def write(self, run: Path) -> None:
         """:raises OSError: it could not be written"""
         with atomic_file(run / FINISHED) as file:

@@ -89,6 +89,8 @@ class Experiment(ExperimentManager):
         if model is None:
             return fresh, hyperparams
         print(f"Going on after {model.num_timesteps} steps")
+        if self.processes.is_first:
+            Finished.forget(Path(self.folder))  # it says so again when it ends
         self.done = model.num_timesteps
         for callback in self.callbacks:
             callback.n_calls = self.done // self.n_envs

@@ -36,7 +36,8 @@ from test_dreamer_gpld import BOX, RandomSpaces, tiny  # noqa: E402
 from test_saving import Clock, assert_same  # noqa: E402
 
 from sb3_dreamer_gpld import DreamerGPLD, SaveRunCallback  # noqa: E402
-from sb3_dreamer_gpld.resumable import steps_saved  # noqa: E402
+from sb3_dreamer_gpld.parallel import Processes  # noqa: E402
+from sb3_dreamer_gpld.resumable import check_room, steps_saved  # noqa: E402
 from sb3_dreamer_gpld.zoo import sweep  # noqa: E402
 from sb3_dreamer_gpld.zoo.evaluations import NoteBest, restore_evaluations  # noqa: E402
 from sb3_dreamer_gpld.zoo.main import main  # noqa: E402
@@ -124,7 +125,7 @@ def test_a_run_is_saved_from_time_to_time_and_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns == before
 
 
-def test_a_longer_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_longer_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one that begins in its folder, or that goes on from it with a count of its own; nor are the files of others."""
     env, folder = RandomSpaces(BOX, BOX), tmp_path / "run"
     tiny(env).learn(60, callback=CheckpointCallback(20, str(folder), name_prefix="run")).save_run(folder)
@@ -140,6 +141,12 @@ def test_a_longer_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message.format(20)):
         tiny(env).learn(20).save_run(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
+    two = Processes(0, 2)  # of which the other has no files of this run
+    monkeypatch.setattr(Processes, "sums", lambda self, values: [2 * value if self.size == 2 else value for value in values])
+    monkeypatch.setattr(Processes, "told_by_first", lambda self, value: value)
+    with pytest.raises(ValueError, match=message.format(0)):
+        check_room(folder, 0, Processes(1, 2))
+    check_room(folder, 60, two)
     loaded = DreamerGPLD.load_run(folder, env)
     assert loaded is not None
     loaded.learn(20, reset_num_timesteps=False).save_run(folder)
@@ -592,10 +599,13 @@ def test_a_run_that_a_callback_stops_has_come_to_its_end(tmp_path: Path, monkeyp
         begin(tmp_path, monkeypatch, "--env", "Pendulum-v1", "-n", "20")
     words = "--env", "Pendulum-v1", "-n", "20", "--save-run", "100", "--run-folder", "saved"
     begin(tmp_path, monkeypatch, *words)
-    assert steps_saved(tmp_path / "saved") == 12
-    monkeypatch.setattr(Stop, "over", True)
-    begin(tmp_path, monkeypatch, *words)  # goes on
     finished = tmp_path / "saved" / "finished.txt"
+    assert steps_saved(tmp_path / "saved") == 12 and finished.exists()
+    monkeypatch.setattr(Stop, "interrupted", True)
+    begin(tmp_path, monkeypatch, *words)  # goes on, and is interrupted
+    assert not finished.exists()
+    monkeypatch.setattr(Stop, "over", True)
+    begin(tmp_path, monkeypatch, *words)
     assert steps_saved(tmp_path / "saved") == 20 and finished.read_text() == "20\n"
     finished.unlink()  # it was killed before it wrote this
     begin(tmp_path, monkeypatch, *words)
