@@ -152,8 +152,8 @@ def prepare(options: argparse.Namespace, wrapper: Callable[[gym.Env], gym.Env] |
 def can_have_repeated(repeat: int, frames: int, steps: int, episodes: int) -> bool:
     """Whether a model can have learned where actions are applied ``repeat`` times.
 
-    :param frames, steps, episodes: that it has made; 0 frames: they were not counted. The last action of an episode may have been
-        cut short, so that where episodes are short nothing tells
+    :param frames, steps, episodes: that it has made; 0 frames: they were not counted. The last action of an episode may have
+        been cut short, so that where episodes are short nothing tells
     """
     if frames == 0:
         return True
