@@ -173,7 +173,7 @@ _NOT_IN_POLICY_KWARGS = {
 }
 
 
-def check_kinds(algorithm: DreamerGPLD) -> None:
+def _check_kinds(algorithm: DreamerGPLD) -> None:
     """Look at the arguments that SB3 or PyTorch would stumble over because of their type.
 
     :param algorithm: with the arguments as attributes
@@ -205,7 +205,7 @@ def check_kinds(algorithm: DreamerGPLD) -> None:
         check_bool(name, getattr(algorithm, name))
 
 
-def fill_train_ratio(algorithm: DreamerGPLD) -> None:
+def _fill_train_ratio(algorithm: DreamerGPLD) -> None:
     """Replace a ``train_ratio`` of None by half a batch.
 
     :param algorithm: with the arguments as attributes
@@ -217,11 +217,13 @@ def fill_train_ratio(algorithm: DreamerGPLD) -> None:
 
 
 def check_arguments(algorithm: DreamerGPLD) -> None:
-    """Look at every argument of the constructor.
+    """Look at every argument of the constructor, and replace a ``train_ratio`` of None by its number.
 
-    :param algorithm: with the arguments as attributes, before its nets are built
-    :raises ValueError: a value is not allowed; the text names the argument and what is
+    :param algorithm: with the arguments as attributes
+    :raises ValueError, TypeError: a value is not allowed; the text names the argument and what is
     """
+    _check_kinds(algorithm)
+    _fill_train_ratio(algorithm)
     for name, minimum in (
         ("buffer_size", 1),
         ("learning_starts", 0),

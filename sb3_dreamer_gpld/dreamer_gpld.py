@@ -27,12 +27,10 @@ from sb3_dreamer_gpld import parallel
 from sb3_dreamer_gpld.arguments import (
     check_arguments,
     check_environments,
-    check_kinds,
     check_processes,
     check_with_nets,
     dynamics_share,
     entropy_target,
-    fill_train_ratio,
     naming_unknown,
     warn_without_gpu,
     window_steps,
@@ -257,7 +255,7 @@ class DreamerGPLD(ResumableAlgorithm):
         warn_without_gpu(device, self.device)
         self.model_size = model_size
         self.batch_length = batch_length
-        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in fill_train_ratio
+        self.train_ratio: float = train_ratio  # type: ignore[assignment]  # None becomes a number in check_arguments
         self.imagination_horizon = imagination_horizon
         self.return_lambda = return_lambda
         self.ent_coef = ent_coef
@@ -305,8 +303,6 @@ class DreamerGPLD(ResumableAlgorithm):
         self.processes = parallel.current()
         if not self.processes.is_first:
             self.verbose, self.tensorboard_log = 0, None
-        check_kinds(self)
-        fill_train_ratio(self)
         check_arguments(self)
         if isinstance(self.action_noise, VectorizedActionNoise) and self.action_noise.n_envs != self.n_envs:
             self.action_noise = self.action_noise.base_noise  # of a loaded model; learn() makes one for each environment
@@ -378,8 +374,6 @@ class DreamerGPLD(ResumableAlgorithm):
 
         :raises ValueError: a value is not allowed, or cannot change any more
         """
-        check_kinds(self)
-        fill_train_ratio(self)
         check_arguments(self)
         check_with_nets(self)
         if self.planner != self._planned_with:

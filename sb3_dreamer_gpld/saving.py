@@ -215,8 +215,8 @@ def module_tensors(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], 
     if unknown or not modules:
         raise ValueError(f"modules must name some of {', '.join(MODULES)}, not {', '.join(unknown) or 'none'}")
     tensors, problems = {}, []
-    units = {"encoder", "decoder"}.intersection(modules)
-    if units == {"decoder"} and any(key.startswith("world_model.normalizer.") for key in state_dict):
+    normalized = any(key.startswith("world_model.normalizer.") for key in state_dict)
+    if normalized and "decoder" in modules and "encoder" not in modules:
         problems.append("with normalize_vectors the decoder predicts in units that come with the encoder, so take both")
     for name in modules:
         prefixes = tuple(f"{prefix}." for prefix in MODULES[name])

@@ -239,9 +239,8 @@ def prepare(options: argparse.Namespace) -> dict[SweepRun, list[str]]:
             for seed in seeds:
                 place = folder / arm / NAME / f"{task.replace('/', '-')}_{seed + 1}"
                 run = SweepRun(task, arm, seed, steps, place)
-                hyperparameters = recorded(place, "config.yml")
-                found = changes(hyperparameters, {**entry, **settings}) if run.finished and hyperparameters else ""
-                if found:
+                before = recorded(place, "config.yml") if run.finished else {}
+                if before and (found := changes(before, {**entry, **settings})):
                     fail(
                         f"{place}: the run there is finished with other hyperparameters ({found}). Allowed: the same ones, "
                         "n_timesteps excepted, or another --folder"
