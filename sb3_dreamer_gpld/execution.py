@@ -267,7 +267,8 @@ class Recorded:
     def _record(self, function: Callable[[Any], Any], inputs: Any) -> str:
         """Record a function.
 
-        :return: why that failed, or "". What a failed one held is free by then: its frames end with the error
+        :return: why that failed, or "". Tensors of a failed one are free by then: its frames end with the error.
+            PyTorch may keep the memory that they lay in
         """
         own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
         try:

@@ -186,9 +186,9 @@ class Learner:
         policy, batch = self.policy, inputs.batch
         draws = self.draw(*batch.rewards.shape) if inputs.draws is None else inputs.draws
         dtype = resolve_precision(self.config.precision, policy.device)
+        policy.optimizer.zero_grad(set_to_none=True)  # before the loss, whose memory those of before would add to
         with th.autocast(policy.device.type, dtype, enabled=dtype != th.float32):
             result = self.weighted_loss(batch, draws, inputs.weights)
-        policy.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         grads = [p.grad for p in policy.parameters() if p.grad is not None]
         means = {name: mean(term.value.detach()) for name, term in result.terms.items()}

@@ -96,7 +96,8 @@ def dtype_of(dtype: np.dtype) -> th.dtype:
 
 def fetched(tensor: Tensor) -> np.ndarray:
     """A copy of a tensor of any size, which is waited for. Unlike :func:`to_host` it takes no pinned memory."""
-    return np.array(_copied_to_host(tensor.detach()).numpy())
+    copy = _copied_to_host(tensor.detach()).numpy()
+    return copy if tensor.is_cuda else np.array(copy)  # which is the tensor's own memory where that is the processor's
 
 
 def _copied_to_host(tensor: Tensor) -> Tensor:

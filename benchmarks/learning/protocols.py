@@ -34,7 +34,7 @@ class Protocol:
     :param settings: arguments of DreamerGPLD that differ from :data:`COMMON`
     :param reference: name of the authors' run in :data:`REFERENCE`, if there is one
     :param reference_arm: the arm with the settings of that run
-    :param published: return of DreamerV3 at the last frame in its authors' published curves (mean of 3 seeds, larger nets)
+    :param published: return of DreamerV3 at the last frame, as run by TD-MPC2's authors (mean of 3 seeds, larger nets)
     """
 
     task: str

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch as th
 import yaml
 
 from sb3_dreamer_gpld.checks import unknown_name
@@ -107,6 +108,13 @@ def _optimize(args: list[str]) -> None:
     for option in ("--run-folder", "--save-run"):
         if take(args, option)[0] is not None:
             fail(f"{option} is for train: a trial does not go on; allowed: --storage, with which the study goes on")
+    jobs, device = (take(args, option)[0] for option in ("--n-jobs", "--device"))
+    if jobs not in (None, "1") and device != "cpu" and th.cuda.is_available():
+        print(
+            f"--n-jobs {jobs}: trials in threads of one process disturb each other's CUDA graphs. Better: start optimize "
+            f"{jobs} times with the same --storage, or -params compile:False",
+            file=sys.stderr,
+        )
     with tolerant_studies():
         _train([*args, "-optimize"], "optimize")
 

@@ -109,3 +109,14 @@ def test_a_failed_trial_leaves_the_memory(folder: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match="RuntimeError: out of memory"):
         zoo.main(["optimize", *STUDY, "--n-trials", "3"])
     assert len(models) == 3
+
+
+@pytest.mark.parametrize("options", ["--n-jobs 2", "--n-jobs 2 --device cpu", "--n-jobs 1", ""])
+def test_trials_in_threads_of_a_gpu(options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Their recordings would disturb each other, and the user is told."""
+    trained: list[Any] = []
+    monkeypatch.setattr(zoo.th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(zoo, "_train", lambda args, command: trained.append(args))
+    zoo._optimize(options.split())
+    assert trained == [[*options.split(), "-optimize"]]
+    assert ("start optimize 2 times" in capsys.readouterr().err) == (options == "--n-jobs 2")
