@@ -198,6 +198,29 @@ def test_each_iteration_of_a_plan_has_draws_of_its_own(monkeypatch: pytest.Monke
     assert all(th.equal(each[:, :1].expand_as(each), each) for each in seen)  # common to the sequences that are compared
 
 
+def test_a_deterministic_plan_begins_with_its_first_action(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = th.linspace(-0.9, 0.9, 9).view(1, 3, 3)  # (E, H, A)
+    monkeypatch.setattr(model.policy.planner, "improve", lambda *_: (plan, th.zeros_like(plan), None, None))
+    action, after = model.predict(observations(1)[0], episode_start=np.ones(1, bool), deterministic=True)
+    np.testing.assert_array_equal(action, model.policy.to_env_action(plan[:, 0]))
+    assert after is not None
+    np.testing.assert_array_equal(after[2], plan[:, 0])
+    np.testing.assert_array_equal(after[3], plan)
+
+
+def test_plans_start_where_the_observation_has_led(model: DreamerGPLD, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[th.Tensor, th.Tensor]] = []
+    plan = Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda self, *args: seen.append((args[2], args[3])) or plan(self, *args))
+    x = observations(2, 2)
+    _, before = model.predict(x[0], episode_start=np.ones(2, bool))
+    _, after = model.predict(x[1], before)
+    for (deter, stoch), parts in zip(seen, (before, after), strict=True):
+        assert parts is not None
+        np.testing.assert_array_equal(deter, parts[0])
+        np.testing.assert_array_equal(stoch, parts[1].reshape(2, -1))
+
+
 def test_sampled_plans_differ_and_repeat_with_a_seed(model: DreamerGPLD) -> None:
     x, actions = observations(1)[0], []
     for seed in (0, 1, 0):

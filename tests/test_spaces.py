@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
@@ -269,10 +270,14 @@ def test_the_number_of_environments_may_change_on_loading(before: int, after: in
 
 
 class Counting(RandomSpaces):
-    """Its observations are the number of the step."""
+    """Its observations are the number of the step, counted from ``start``."""
+
+    def __init__(self, *args: Any, start: int = 100, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.start = start
 
     def observation(self) -> Any:
-        return np.full(self.observation_space.shape, 100 + self.steps, self.observation_space.dtype)
+        return np.full(self.observation_space.shape, self.start + self.steps, self.observation_space.dtype)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict]:
         _, info = super().reset(**kwargs)
@@ -292,6 +297,48 @@ def test_last_observations_are_those_of_the_environment(shape: tuple[int, ...], 
     samples = model.replay_buffer.sample(20)
     last = samples.observations[samples.is_last]  # type: ignore[index]
     assert len(last) and th.equal(last.double().round(), th.full_like(last, 107).double())
+
+
+def unequal() -> VecEnv:
+    """Two environments that count from 100 and 200, with episodes of 5 and 7 steps."""
+    space = spaces.Box(0, 255, (2,))
+    return DummyVecEnv(
+        [lambda: TimeLimit(Counting(space, BOX, start=100), 5), lambda: TimeLimit(Counting(space, BOX, start=200), 7)]
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize], ids=["plain", "normalised"])
+def test_episodes_end_in_each_environment_for_itself(wrap: Callable[[VecEnv], VecEnv]) -> None:
+    """With its own last observation, also at step 35, where both end."""
+    buffer = tiny(wrap(unequal()), "MlpPolicy", learning_starts=1000).learn(80).replay_buffer
+    assert buffer is not None and isinstance(buffer.observations, np.ndarray)
+    assert buffer.stored_rows().tolist() == [40 + 8, 40 + 5]
+    for i, (start, steps) in enumerate([(100, 5), (200, 7)]):
+        stored = slice(buffer.stored_rows()[i])
+        number = np.arange(stored.stop) % (steps + 1)  # within the episode
+        np.testing.assert_array_equal(buffer.observations[stored, i, 0].round(), start + number)
+        np.testing.assert_array_equal(buffer.is_first[stored, i], number == 0)
+        np.testing.assert_array_equal(buffer.dones[stored, i], number == steps)
+
+
+def test_states_of_several_environments_are_those_of_each_one_alone() -> None:
+    """Replayed with the stored actions and classes, from each start of its own episodes."""
+    model = tiny(unequal(), "MlpPolicy", learning_starts=1000).learn(40)
+    buffer, world_model = model.replay_buffer, model.policy.world_model
+    assert buffer is not None and isinstance(buffer.observations, np.ndarray)
+    for i, rows in enumerate(buffer.stored_rows()):
+        deter, stoch = world_model.rssm.initial(1)
+        action = th.zeros(1, 1, 3)
+        for t in np.flatnonzero(buffer.dones[:rows, i] == 0):  # the last rows of episodes have no state
+            observation, is_first, action_after, classes = (
+                th.as_tensor(x[t, i])[None, None] for x in (buffer.observations, buffer.is_first, buffer.actions, buffer.stoch)
+            )
+            with th.no_grad():
+                tokens = world_model.encode({"": observation}, (1, 1))
+                deter = world_model.rssm.observe(tokens, action, is_first, deter, stoch, None).deter[:, 0]
+            np.testing.assert_allclose(deter[0].numpy(), buffer.deter[t, i], atol=1e-5)
+            stoch = (classes == th.arange(stoch.shape[1]).view(-1, 1)).float()  # (1, C, K)
+            action = action_after
 
 
 def test_normalisation_is_stored_apart(tmp_path: Path) -> None:

@@ -62,6 +62,26 @@ def test_replayed_numbers_are_normalised_as_they_are_now(monkeypatch: pytest.Mon
     np.testing.assert_allclose(batch.rewards.numpy()[started], rewards[started], rtol=1e-4, atol=1e-5)
 
 
+def test_rewards_are_stored_as_the_environment_gave_them() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: RandomSpaces(BOX, BOX)]))  # which gives a reward of 1 at each step
+    buffer = tiny(env, "MlpPolicy", learning_starts=1000).learn(15).replay_buffer
+    assert buffer is not None and buffer.size() == 16
+    np.testing.assert_array_equal(buffer.rewards[:16, 0], np.where(buffer.is_first[:16, 0], 0.0, 1.0))
+
+
+def test_a_loss_is_computed_without_the_gradients_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory would add to its own; they can be looked at until then."""
+    model = tiny(RandomSpaces(BOX, BOX), "MlpPolicy", learning_starts=20).learn(40)
+    parameters = list(model.policy.parameters())
+    assert any(each.grad is not None for each in parameters)
+    loss, held = model.learner.weighted_loss, []
+    monkeypatch.setattr(
+        model.learner, "weighted_loss", lambda *args: held.append([each.grad for each in parameters]) or loss(*args)
+    )
+    model.train(1)
+    assert held == [[None] * len(parameters)]
+
+
 class Constant(ActionNoise):
     """The same noise at every step."""
 

@@ -135,6 +135,16 @@ def test_step_is_one_step_of_observe(layers: int) -> None:
         deter, stoch = states.deter, states.stoch
 
 
+def test_gradients_of_large_actions_are_those_of_the_scaled_ones() -> None:
+    """The scale of an action beyond [−1, 1] is a constant; else its gradient would be 0."""
+    th.manual_seed(0)
+    rssm = RSSM(tokens=5, actions=2, config=ModelConfig(deter=16, hidden=4, stoch=3, classes=4, blocks=4, units=4)).double()
+    large, scaled = (th.tensor([[[x, -0.5]]], dtype=th.float64, requires_grad=True) for x in (2.0, 1.0))
+    found, expected = (th.autograd.grad(rssm._action_part(actions).sum(), actions)[0] for actions in (large, scaled))
+    assert found.all()
+    th.testing.assert_close(found, expected * th.tensor([0.5, 1.0], dtype=th.float64))
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_gradients_of_observe(layers: int) -> None:
     """Central differences along a random direction of all parameters, with fixed samples (no straight-through path)."""

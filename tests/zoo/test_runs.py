@@ -125,6 +125,23 @@ def test_a_run_is_saved_from_time_to_time_and_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "run_67_steps.zip").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    ("make", "every", "steps", "expected"),
+    [
+        (lambda: "Pendulum-v1", 15, 65, [0, 30, 60]),  # its first episode has 200 steps
+        (lambda: DummyVecEnv([lambda: RandomSpaces(BOX, BOX), lambda: RandomSpaces(BOX, BOX, True)]), 80, 150, [0, 140]),
+    ],
+    ids=["overdue", "episodes of 10 and 7 steps"],
+)
+def test_a_run_is_saved_between_episodes_of_all_environments_unless_it_is_overdue(
+    make: Callable[[], Any], every: int, steps: int, expected: list[int], tmp_path: Path
+) -> None:
+    saved: list[int] = []
+    watch = ConvertCallback(lambda *_: saved.append(steps_saved(tmp_path)) or True)
+    tiny(make(), "MlpPolicy", learning_starts=1000).learn(steps, callback=[SaveRunCallback(tmp_path, every), watch])
+    assert sorted(set(saved)) == expected
+
+
 def test_a_longer_run_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one that begins in its folder, or that goes on from it with a count of its own; nor are the files of others."""
     env, folder = RandomSpaces(BOX, BOX), tmp_path / "run"
