@@ -219,7 +219,8 @@ def test_tables(results: Path) -> None:
     assert returns[1].count("| 0.100 [0.100, 0.100] |") == 1 and "| 31.2 [" in returns[1]  # 2 · 100 more than 2 · 320.5
     assert "| hard locomotion | last tenth | both | 0.321 [" in returns[3] and "| others | last tenth | both |" in returns[5]
     answer = [line.split(" | ") for line in page.answer_table(found)]
-    assert answer[2] == ["| **whole runs, all tasks**", *2 * ["+0 [+0, +0] / [+0, +0]"], "+10 [+10, +10] / [+10, +10] |"]
+    decides = "| **whole runs (area under the curve), all tasks**"
+    assert answer[2] == [decides, *2 * ["+0 [+0, +0] / [+0, +0]"], "+10 [+10, +10] / [+10, +10] |"]
     assert answer[6][0] == "| last tenth, hard locomotion" and answer[6][3] == "+100 [+100, +100] / [+100, +100] |"
     assert answer[7][0] == "| evaluated at the end, all tasks" and answer[7][3] == "+0 [+0, +0] / [+0, +0] |"
     assert len(answer) == 9

@@ -143,7 +143,7 @@ def answer_table(found: Seeds) -> Iterator[str]:
     yield from header("points more than without", *(f"penalty on: {ARMS[arm]}" for arm in PENALTIES))
     hard, others = (tuple(task for task in tasks if task in found.tasks) for tasks in GROUPS.values())
     for title, score, tasks in (
-        ("**whole runs, all tasks**", AREA, found.tasks),
+        ("**whole runs (area under the curve), all tasks**", AREA, found.tasks),
         ("whole runs, hard locomotion", AREA, hard),
         ("whole runs, others", AREA, others),
         ("last tenth, all tasks", LAST, found.tasks),
