@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
 
 from sb3_dreamer_gpld import DreamerGPLD, diagnostics, saving
-from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback, measures
+from sb3_dreamer_gpld.diagnostics import OpenLoopCallback, SmoothnessCallback, callbacks, measures
 from sb3_dreamer_gpld.envs import ActionRepeat
 from sb3_dreamer_gpld.nets.world_model import Batch
 from sb3_dreamer_gpld.policies import DreamerPolicy
@@ -156,6 +156,23 @@ def test_transition_ratio_of_a_known_transition() -> None:
         th.testing.assert_close(found, expected, rtol=1e-4, atol=0)
         ratios = diagnostics.imagined_ratios(policy, deter, stoch, horizon=3)
         assert ratios.shape == (18,) and ratios.max() < th.sigmoid(th.ones(()))
+
+
+def test_ratios_are_those_of_imagined_states(policy: DreamerPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The starts come first, and each action leads to the next states."""
+    given: list[Any] = []
+    monkeypatch.setattr(measures, "transition_ratios", lambda policy, *args: given.extend(args))
+    config = policy.config
+    deter, stoch = th.randn(6, config.deter), th.rand(6, config.classes, config.stoch)
+    th.manual_seed(1)
+    diagnostics.imagined_ratios(policy, deter, stoch, horizon=3, scale=0.1)
+    th.manual_seed(1)
+    noise = th.rand(3, 6, config.stoch)
+    deters, stochs, actions = (x.unflatten(0, (3, 6)) for x in given[:3])
+    assert given[3] == 0.1 and th.equal(deters[0], deter) and th.equal(stochs[0], stoch)
+    for h in range(2):
+        _, after = policy.world_model.rssm.imagine(deters[h], stochs[h], lambda *_, a=actions[h]: a, noise[h : h + 1], 1)
+        th.testing.assert_close(th.cat([deters[h + 1], stochs[h + 1].flatten(1)], -1), after)
 
 
 # ------------------------------------------------------------------------------------------------------------ open loop
@@ -354,6 +371,20 @@ def test_what_callbacks_log(tmp_path: Path) -> None:
     assert [row["time/total_timesteps"] for row in rows] == [20, 20, 40, 40, 60, 60]
     assert found[0::2] == [smooth] * 3 and found[1] == errors | {f"{name}_last" for name in errors}
     assert all(row[name] > 0 for row, names in zip(rows, found, strict=True) for name in names)
+
+
+def test_which_numbers_callbacks_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means over the imagined steps and the last one; mean and largest of the ratios."""
+    errors, one, ratios = th.tensor([[9.0, 1.0, 2.0, 6.0]]), th.ones(1), th.tensor([1.0, 3.0])
+    result = measures.OpenLoop({"reward": errors}, {}, errors > 0, errors)
+    monkeypatch.setattr(callbacks, "open_loop", lambda *args: result)
+    monkeypatch.setattr(callbacks, "smoothness", lambda *args: measures.Smoothness({}, one, one, ratios, one))
+    model = tiny(Counter())
+    model.set_logger(configure(str(tmp_path), ["json"]))
+    model.learn(20, callback=[SmoothnessCallback(20), OpenLoopCallback(20, context=2)], log_interval=None)
+    smooth, open_loop = map(json.loads, (tmp_path / "progress.json").read_text().splitlines())
+    assert (open_loop["open_loop/reward"], open_loop["open_loop/reward_last"]) == (3.0, 6.0)
+    assert (smooth["smoothness/transition_ratio"], smooth["smoothness/transition_ratio_max"]) == (2.0, 3.0)
 
 
 def test_long_keys_of_observations_are_printed(tmp_path: Path) -> None:

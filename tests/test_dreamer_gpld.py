@@ -329,6 +329,30 @@ def test_features_extractor_kwargs_are_sizes_of_the_encoder() -> None:
         assert model.policy.world_model.encoder.size == size
 
 
+def test_arguments_of_the_optimiser() -> None:
+    """They hold in both groups, where the actor has a learning rate of its own."""
+    kwargs = dict(optimizer_kwargs=dict(clip=0.1, eps=1e-8))
+    for rate, count in ((None, 1), (1e-4, 2)):
+        groups = tiny("Pendulum-v1", actor_learning_rate=rate, policy_kwargs=kwargs).policy.optimizer.param_groups
+        assert [(group["clip"], group["eps"]) for group in groups] == [(0.1, 1e-8)] * count
+
+
+def test_arguments_of_the_penalty() -> None:
+    changed = {
+        "posterior": ("posterior_penalty", 0.4),
+        "prior": ("prior_penalty", 0.3),
+        "fraction": ("penalty_fraction", 0.7),
+        "rows": ("penalty_rows", 2),
+        "random_rows": ("penalty_random_rows", True),
+        "estimator": ("penalty_estimator", "exact"),
+        "schedule": ("penalty_schedule", {"name": "linear", "decay_steps": 9}),
+        "minimum": ("penalty_min", 0.01),
+    }
+    plain, model = tiny("Pendulum-v1"), tiny("Pendulum-v1", **dict(changed.values()))
+    for name, (_, value) in changed.items():
+        assert getattr(model.penalty, name) == value != getattr(plain.penalty, name), name
+
+
 def test_subprocesses() -> None:
     env = make_vec_env("Pendulum-v1", 2, vec_env_cls=SubprocVecEnv)
     assert tiny(env, "MlpPolicy").learn(80)._n_updates > 0
@@ -496,6 +520,7 @@ def test_bfloat16_learns_the_same_losses() -> None:
         model.train(1, 4)
         losses[precision] = {name: x for name, x in model.learner.metrics.take().items() if name.startswith("loss/")}
     assert all(p.dtype == th.float32 for p in model.policy.parameters())
+    assert losses["bfloat16"]["loss/reconstruction"] != losses["float32"]["loss/reconstruction"]
     for name, value in losses["float32"].items():
         assert losses["bfloat16"][name] == pytest.approx(value, rel=0.05, abs=0.02), name
 

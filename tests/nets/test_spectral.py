@@ -88,6 +88,15 @@ def test_a_run_with_all_of_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(each.predict(observations, None, start, deterministic=True)[0], actions)
 
 
+def test_their_vectors_move_with_each_update() -> None:
+    model = normalized("actor", train_ratio=0.0).learn(40)
+    for linear in hidden_linears(model.policy.actor_critic.policy):
+        norm = linear.parametrizations.weight[0]
+        before = norm._u.clone()
+        model.train(1, 4)
+        assert not th.equal(norm._u, before)
+
+
 @pytest.mark.parametrize(
     ("nets", "text"),
     [

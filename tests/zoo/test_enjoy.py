@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 
 from sb3_dreamer_gpld.trained import FOLDER, TrainedAgent
@@ -19,6 +20,13 @@ def test_it_needs_no_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [line.split(":")[0] for line in lines[1:]] == ["Episode reward", "Episode reward", "2 episodes", "Mean reward"]
     assert float(lines[-1].split()[2]) > -700  # a random policy's is about -1,200
     assert list(folder.iterdir()) == []
+
+
+def test_each_episode_has_its_own_return(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(TrainedAgent, "make_env", lambda self, **kwargs: gym.make("CartPole-v1", max_episode_steps=20))
+    zoo.main(["enjoy", "--trained", "CartPole-v1", "-n", "60", "--no-render"])
+    expected = ["Episode reward: 20.00"] * 3 + ["3 episodes", "Mean reward: 20.00 +/- 0.00"]
+    assert capsys.readouterr().out.splitlines()[1:] == expected
 
 
 def test_it_is_shown_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

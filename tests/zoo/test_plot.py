@@ -50,6 +50,14 @@ def test_plot_reads_what_train_logged(trained: Path) -> None:
     assert steps.tolist() == [75, 150] and returns.shape == (2,)
 
 
+def test_plot_takes_the_mean_over_episodes(folder: Path) -> None:
+    _write_runs(folder / "logs", "Pendulum-v1", seeds=2, final=-200.0)
+    runs = plot.read_runs(["logs"], ["x"], ["dreamer_gpld"])["Pendulum-v1"]["x"]
+    for seed, (steps, returns) in enumerate(runs, 1):
+        assert steps.tolist() == [100, 200, 300, 400]
+        assert returns == pytest.approx(np.array([-50.0, -100.0, -150.0, -200.0]) + seed)
+
+
 def test_statistics() -> None:
     scores = np.array([[[0.0], [0.4]], [[0.2], [2.0]]])  # 2 seeds, 2 tasks, 1 step
     assert plot.mean(scores) == pytest.approx([0.65])
