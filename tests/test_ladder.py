@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from gymnasium import spaces
+from test_dreamer_gpld import RandomSpaces
 
 pytest.importorskip("dm_control")
 pytest.importorskip("rl_zoo3")
 
-from benchmarks.learning import confirmation, draw, ladder  # noqa: E402
+from benchmarks.learning import confirmation, draw, ladder, nothing  # noqa: E402
 from benchmarks.learning.ladder import Arm, Job  # noqa: E402
 from benchmarks.results import read_csv, write_csv  # noqa: E402
 from sb3_dreamer_gpld import DreamerGPLD, preset  # noqa: E402
@@ -200,3 +203,18 @@ def test_wrong_input(
     with pytest.raises(SystemExit):
         ladder.main()
     assert message in capsys.readouterr().err
+
+
+def test_returns_where_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    acted: list[Any] = []
+    space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def make_env(*args: Any, **kwargs: Any) -> RandomSpaces:
+        env = RandomSpaces(space, space)
+        step = env.step
+        monkeypatch.setattr(env, "step", lambda action: acted.append(action) or step(action))
+        return env
+
+    monkeypatch.setattr(nothing, "make_dmc", make_env)
+    assert nothing.returns("walker-walk", 2).tolist() == [10.0, 10.0]  # a reward of 1 at each of ten steps
+    assert len(acted) == 20 and not np.any(acted)
