@@ -219,8 +219,11 @@ def test_tables(results: Path) -> None:
     assert returns[1].count("| 0.100 [0.100, 0.100] |") == 1 and "| 31.2 [" in returns[1]  # 2 · 100 more than 2 · 320.5
     assert "| hard locomotion | last tenth | both | 0.321 [" in returns[3] and "| others | last tenth | both |" in returns[5]
     answer = [line.split(" | ") for line in page.answer_table(found)]
-    decides = "| **whole runs (area under the curve), all tasks**"
-    assert answer[2] == [decides, *2 * ["+0 [+0, +0] / [+0, +0]"], "+10 [+10, +10] / [+10, +10] |"]
+    assert answer[2] == [
+        "| whole runs (area under the curve), all tasks",
+        *2 * ["+0 [+0, +0] / [+0, +0]"],
+        "+10 [+10, +10] / [+10, +10] |",
+    ]
     assert answer[6][0] == "| last tenth, hard locomotion" and answer[6][3] == "+100 [+100, +100] / [+100, +100] |"
     assert answer[7][0] == "| evaluated at the end, all tasks" and answer[7][3] == "+0 [+0, +0] / [+0, +0] |"
     assert len(answer) == 9
@@ -327,6 +330,9 @@ def test_other_weights_of_the_better_penalty(results: Path, tmp_path: Path, monk
             write_run(Job(arm, "reacher-hard", seed, FRAMES), np.full(40, base + seed), 0.25 if base < 500.0 else 0.75)
     lines = list(page.weights_table(protocol.complete()))
     assert lines[0] == f"Seeds {SEEDS[0]}, {SEEDS[1]} of reacher-hard."
+    assert lines[2] == "| points more than without | λ₀ on both: 0.05 | λ₀ on both: 0.5 | λ₀ on both: 5 |"
+    assert lines[4].endswith("| +0 [+0, +0] / [+0, +0] | +10 [+10, +10] / [+10, +10] | +200 [+200, +200] / [+200, +200] |")
+    lines = lines[lines.index("", 2) - 1 :]
     assert [line.split(" | ")[0] for line in lines[4:10]] == ["| 0.05", "| 0.5", "| 5"] * 2
     assert lines[10] == "" and lines[13] == "| Jacobian norm, posterior | 0.25 | 0.50 | 0.75 |"
     assert "| 0.420 [" in lines[4] and "| 0.000 [0.000, 0.000] |" in lines[4] and "| 0.50 [" in lines[4]

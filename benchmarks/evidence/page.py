@@ -138,12 +138,20 @@ COMPARED = (
 )
 
 
+MORE = "points more than without"
+
+
 def answer_table(found: Seeds) -> Iterator[str]:
     """Mean differences from no penalty in points of return, with both intervals; the first row decides."""
-    yield from header("points more than without", *(f"penalty on: {ARMS[arm]}" for arm in PENALTIES))
+    yield from header(MORE, *(f"penalty on: {ARMS[arm]}" for arm in PENALTIES))
+    yield from more_than_none(PENALTIES, found)
+
+
+def more_than_none(arms: Sequence[str], found: Seeds) -> Iterator[str]:
+    """Rows for scores and groups of tasks."""
     hard, others = (tuple(task for task in tasks if task in found.tasks) for tasks in GROUPS.values())
     for title, score, tasks in (
-        ("**whole runs (area under the curve), all tasks**", AREA, found.tasks),
+        ("whole runs (area under the curve), all tasks", AREA, found.tasks),
         ("whole runs, hard locomotion", AREA, hard),
         ("whole runs, others", AREA, others),
         ("last tenth, all tasks", LAST, found.tasks),
@@ -152,8 +160,9 @@ def answer_table(found: Seeds) -> Iterator[str]:
         ("evaluated at the end, hard locomotion", EVALUATED, hard),
     ):
         if tasks:
-            of = {arm: LARGEST_RETURN * scores_of(arm, score, tasks, found.seeds) for arm in ARMS}  # (seeds, tasks, 1) each
-            yield f"| {title} | {' | '.join(points(of[arm] - of[NONE]) for arm in PENALTIES)} |"
+            none = scores_of(NONE, score, tasks, found.seeds)  # (seeds, tasks, 1)
+            more = [LARGEST_RETURN * (scores_of(arm, score, tasks, found.seeds) - none) for arm in arms]
+            yield f"| {title} | {' | '.join(map(points, more))} |"
 
 
 def points(differences: np.ndarray) -> str:
@@ -226,9 +235,12 @@ def weights_table(_: Seeds) -> Iterator[str]:
         return
     yield f"Seeds {', '.join(map(str, found.seeds))} of {', '.join(found.tasks)}."
     yield ""
-    yield from header(f"λ₀ on {ARMS[arm]}", "score", *COMPARED)
     weak, strong = other_weights(arm)
     by_weight = {WEIGHTS[0]: weak, "0.5": arm, WEIGHTS[1]: strong}
+    yield from header(MORE, *(f"λ₀ on {ARMS[arm]}: {weight}" for weight in by_weight))
+    yield from more_than_none(list(by_weight.values()), found)
+    yield ""
+    yield from header(f"λ₀ on {ARMS[arm]}", "score", *COMPARED)
     for score in (AREA, LAST):
         for weight, name in by_weight.items():
             yield f"| {weight} | {score.title} | {compared(name, score, found.tasks, found.seeds)} |"
