@@ -86,6 +86,19 @@ def test_the_numbers_of_the_text_are_those_of_the_results() -> None:
     assert f"in the last tenth by {side.removeprefix('behind by ')} points ({boot}; by Student's t {student})" in text
     side, boot, student = told(scores.EVALUATED, hard)
     assert f"most probable actions by {side.removeprefix('behind by ')} ({boot}; {student})" in text
+    weak, strong = (
+        [(of(name, score, TASKS) - of(NONE, score, TASKS)) for score in (AREA, LAST, scores.EVALUATED)]
+        for name in protocol.other_weights(arm)
+    )
+    at = [f"{differences.mean():+.0f}".replace("-", "−") for differences in (*weak, *strong)]
+    boot, student = bounds(interval(weak[0], mean, STYLE)), bounds(scores.students_interval(weak[0]))
+    assert f"with λ₀ = 0.05 the published penalty is at {at[0]} over whole runs ({boot}; by Student's t {student})" in text
+    assert f"level with none at the end: {at[1]} in the last tenth, {at[2]} evaluated" in text
+    assert f"A tenth of its weight cannot be told from none ({at[0]}, {student})" in readme
+    both = [f"({bounds(interval(x, mean, STYLE))}; {bounds(scores.students_interval(x))})" for x in strong]
+    assert f"With λ₀ = 5 it is at {at[3]} {both[0]}" in text
+    last, end = (each.removeprefix("−") for each in at[4:])
+    assert f"behind at the end: by {last} points in the last tenth {both[1]}, by {end} evaluated {both[2]}" in text
     with_it, without = (measuring.measured(name, *found, tuple(ARMS)) for name in (arm, NONE))
     jacobians, transitions = (scores.ratios(with_it[key], without[key]) for key in ("posterior_jacobian", "transition_ratio"))
     assert f"({min(jacobians):.2f} to {max(jacobians):.2f} of that without, task by task)" in text
