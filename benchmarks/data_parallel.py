@@ -30,7 +30,7 @@ SIZES = ("1m", "12m", "50m")
 # Bytes per second that an all-reduce gets: NVLink of an H100 as NCCL's own tests report it, and Ethernet of 25 Gbit/s
 LINKS = {"NVLink": 300e9, "25 Gbit/s Ethernet": 25e9 / 8}
 # Milliseconds that an update of 16×64 is assumed to take on a GPU
-PUBLISHED_MS = 22.0
+ASSUMED_MS = 22.0
 
 
 def numbers_of(size: str) -> int:
@@ -75,7 +75,7 @@ def updates(processes: Processes, args: argparse.Namespace) -> dict[str, float]:
 
 
 def on_paper(numbers: dict[str, int]) -> Iterator[str]:
-    """Markdown: what the exchange would take on GPUs, and its share of an update that takes as long as a published one."""
+    """Markdown: what the exchange would take on GPUs, and its share of an update that takes ``ASSUMED_MS``."""
     yield "| size | bytes of a gradient | link | 2 GPUs | 4 GPUs | 8 GPUs |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for size, count in numbers.items():
@@ -83,7 +83,7 @@ def on_paper(numbers: dict[str, int]) -> Iterator[str]:
             cells = []
             for n in (2, 4, 8):
                 ms = 1e3 * 2 * (n - 1) / n * 4 * count / speed
-                cells.append(f"{ms:.2g} ms ({ms / (ms + PUBLISHED_MS):.0%})")
+                cells.append(f"{ms:.2g} ms ({ms / (ms + ASSUMED_MS):.0%})")
             yield f"| {size} | {4 * count / 1e6:.3g} MB | {link} | {' | '.join(cells)} |"
 
 

@@ -41,9 +41,9 @@ class SaveRunCallback(BaseCallback):
         callback = SaveRunCallback(folder, every=2000)
         model.learn(steps - model.num_timesteps, callback=callback, reset_num_timesteps=False)
 
-    It saves when an episode has ended in all environments, from where a run goes on exactly, or ``every`` steps later than it
-    wanted to; and when ``learn`` has made all its steps, or a callback has stopped it. The files of before are removed
-    when the new ones are complete. Of several processes each saves its share.
+    It saves when an episode has ended in all environments, from where a run goes on exactly (with ``compile="auto"`` see
+    ``load``), or ``every`` steps later than it wanted to; and when ``learn`` has made all its steps, or a callback has stopped
+    it. The files of before are removed when the new ones are complete. Of several processes each saves its share.
 
     :param folder: of the run, which is made if it is not there
     :param every: environment steps

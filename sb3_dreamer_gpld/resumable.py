@@ -245,7 +245,7 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
     ) -> SelfAlgorithm:
         """Load a model. With ``load_replay_buffer`` and ``learn(..., reset_num_timesteps=False)`` a run saved at an
         episode's end goes on bit for bit as if it had not stopped (``compile="auto"`` looks at the steps that are left, and
-        may compile one of the two and not the other).
+        may compile the run before the stop and not what comes after it).
 
         A model file can run code when it is loaded: load only files that you trust. Arguments as in SB3; those of the
         constructor take the place of the file's. With a ``seed`` the run goes on with random numbers of its own.

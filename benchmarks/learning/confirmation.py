@@ -35,6 +35,7 @@ SEEDS = [30, 31, 32]  # that the search never saw
 EPISODES = 5  # over which a curve is averaged
 SAC_PROTOCOLS = {"walker-walk": "p3-walker", "cartpole-swingup": "p3-cartpole"}
 OURS = 'preset("cpu"), each seed'
+AUTHORS = "DreamerV3 by its authors: mean, least and most of 5 seeds"
 EVALUATED = "the same, evaluated: most probable actions"
 # Means that the authors of TD-MPC2 publish, as published.yml calls them
 BY_OTHERS = ("dreamer_by_others", "sac_by_others", "td_mpc2")
@@ -126,7 +127,7 @@ def figure(arm: str, seeds: Sequence[int], published: dict[str, Any], file: Path
                 (handles[EVALUATED],) = axis.plot(at, returned, "C0o", markersize=5, clip_on=False, zorder=3)
         if task in published["dreamer"]:
             mean, least, most = np.array(published["dreamer"][task]).T
-            (handles["DreamerV3, published: mean, least and most of 5 seeds"],) = axis.plot(frames, mean, "k--", linewidth=1.2)
+            (handles[AUTHORS],) = axis.plot(frames, mean, "k--", linewidth=1.2)
             axis.fill_between(frames, least, most, color="k", alpha=0.1)
         else:
             axis.plot(FRAMES / 1000, published["dreamer_by_others"][task], "k*")

@@ -109,10 +109,11 @@ def _optimize(args: list[str]) -> None:
         if take(args, option)[0] is not None:
             fail(f"{option} is for train: a trial does not go on; allowed: --storage, with which the study goes on")
     jobs, device = (take(args, option)[0] for option in ("--n-jobs", "--device"))
-    if jobs not in (None, "1") and device != "cpu" and th.cuda.is_available():
+    quiet = asks_for_help(args) or "compile:False" in args or device == "cpu"
+    if jobs not in (None, "1") and not quiet and th.cuda.is_available():
         print(
             f"--n-jobs {jobs}: trials in threads of one process disturb each other's CUDA graphs. Better: start optimize "
-            f"{jobs} times with the same --storage, or -params compile:False",
+            "several times with the same --storage, or -params compile:False",
             file=sys.stderr,
         )
     with tolerant_studies():

@@ -111,7 +111,9 @@ def test_a_failed_trial_leaves_the_memory(folder: Path, monkeypatch: pytest.Monk
     assert len(models) == 3
 
 
-@pytest.mark.parametrize("options", ["--n-jobs 2", "--n-jobs 2 --device cpu", "--n-jobs 1", ""])
+@pytest.mark.parametrize(
+    "options", ["--n-jobs 2", "--n-jobs 2 --device cpu", "--n-jobs 2 -params compile:False", "--n-jobs 1", ""]
+)
 def test_trials_in_threads_of_a_gpu(options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Their recordings would disturb each other, and the user is told."""
     trained: list[Any] = []
@@ -119,4 +121,4 @@ def test_trials_in_threads_of_a_gpu(options: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(zoo, "_train", lambda args, command: trained.append(args))
     zoo._optimize(options.split())
     assert trained == [[*options.split(), "-optimize"]]
-    assert ("start optimize 2 times" in capsys.readouterr().err) == (options == "--n-jobs 2")
+    assert ("start optimize several times" in capsys.readouterr().err) == (options == "--n-jobs 2")
