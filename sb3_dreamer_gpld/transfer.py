@@ -97,7 +97,7 @@ def dtype_of(dtype: np.dtype) -> th.dtype:
 def fetched(tensor: Tensor) -> np.ndarray:
     """A copy of a tensor of any size, which is waited for. Unlike :func:`to_host` it takes no pinned memory."""
     copy = _copied_to_host(tensor.detach()).numpy()
-    return copy if tensor.is_cuda else np.array(copy)  # which is the tensor's own memory where that is the processor's
+    return copy if tensor.is_cuda else np.array(copy)  # of a tensor of the processor it is no copy yet
 
 
 def _copied_to_host(tensor: Tensor) -> Tensor:

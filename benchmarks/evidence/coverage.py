@@ -38,7 +38,8 @@ def coverage(seeds: int, noise: Sequence[float], simulations: int) -> tuple[floa
         difference = pairs[..., :1] - pairs[..., 1:]  # (seeds, tasks, 1)
         low, high = interval(difference, mean, STYLE)
         differences += int(low[0] <= 0.0 <= high[0])
-        students += int(np.prod(students_interval(difference)) <= 0.0)
+        low, high = students_interval(difference)
+        students += int(low <= 0.0 <= high)
         low, high = improvement_interval(pairs, STYLE)
         improvements += int(low[0] <= 0.5 <= high[0])
     return differences / simulations, students / simulations, improvements / simulations

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 
 from sb3_dreamer_gpld.envs import make_dmc
 
 
+class Nothing:
+    """A policy whose actions are zero."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def predict(self, _: Any, state: None, episode_start: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
+        return np.zeros((len(episode_start), self.size), np.float32), None
+
+
 def returns(task: str, episodes: int) -> np.ndarray:
     """Returns of the episodes (N,), of which the first is seeded by 0."""
-    env = make_dmc(task, action_repeat=2, seed=0)
-    action = np.zeros(env.action_space.shape or (), np.float32)
-    found = np.zeros(episodes)
-    for episode in range(episodes):
-        env.reset()
-        done = False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(action)
-            found[episode] += float(reward)
-            done = terminated or truncated
-    env.close()
-    return found
+    env = Monitor(make_dmc(task, action_repeat=2, seed=0))
+    policy = Nothing(*env.action_space.shape)
+    return np.array(evaluate_policy(policy, env, n_eval_episodes=episodes, return_episode_rewards=True)[0])
 
 
 def main() -> int:
